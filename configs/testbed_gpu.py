@@ -1,0 +1,18 @@
+"""The testbed preset on one GPU: the same eight tasks, more of the log, more training, in minutes."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from jaxspec.config import Align, Calibrate, Trace
+
+_testbed = runpy.run_path(str(Path(__file__).with_name("testbed.py")))["experiment"]
+
+experiment = dataclasses.replace(
+    _testbed,
+    limit=900,
+    dtype="bfloat16",
+    trace=Trace(batch=256, max_prompt_tokens=512, max_new_tokens=96, use_responses=False),
+    align=Align(rank=64, alpha=64.0, steps=600, rows=16, search_steps=60, learning_rates=(1e-3, 3e-3, 6e-3)),
+    calibrate=Calibrate(prompts=32),
+)

@@ -1,0 +1,343 @@
+"""Turns one benchmark into a page that needs nothing else, and the same plots as PNG files beside it.
+
+python -m decode.report --bench bench.json --out report/
+"""
+
+import base64
+import html
+import io
+import itertools
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from jaxspec.config import UserError, command_line
+
+Bench = dict[str, Any]
+Plots = dict[str, bytes | None]
+
+# Okabe and Ito's colours stay apart for the common kinds of colour blindness; a method has one colour in all plots.
+COLOURS = {"autoregressive": "#777777", "base": "#E69F00", "mixed": "#56B4E9", "routed": "#0072B2"}
+COLOURS |= {"random": "#F0E442", "wrong": "#D55E00", "oracle": "#009E73"}
+# Paul Tol's muted colours serve clusters, labels and methods that have none above.
+MUTED = ("#332288", "#CC6677", "#117733", "#AA4499", "#DDCC77", "#88CCEE", "#882255", "#44AA99", "#999933")
+MARKERS = "osD^vP*X<>p"  # eleven beside nine colours: a pair of both comes back only after 99
+DASH = "—"
+INK = "#333333"
+STYLE = {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
+STYLE |= {"grid.color": "#E4E4E4", "legend.frameon": False, "savefig.dpi": 150}
+# Field -> (heading, decimals). None keeps six digits: one differing text in ten thousand must not round to none.
+MEASURES = {
+    "draft_accuracy": ("Draft accuracy", 3),
+    "speedup_vs_autoregressive": ("Speedup against autoregressive", 2),
+    "speedup_vs_base": ("Speedup against base", 2),
+    "draft_acceptance_rate": ("Draft acceptance rate, all K of the last block counted", 3),
+    "mean_acceptance_length": ("Mean acceptance length, tokens per target call", 2),
+    "equal_to_autoregressive": ("Equal to autoregressive decoding of the same width", None),
+    "equal_to_fastest_autoregressive": ("Equal to autoregressive decoding of the fastest width", None),
+    "prompts": ("Prompts", 0),
+    "tokens": ("Tokens", 0),
+    "seconds": ("Seconds", 2),
+    "prefill_seconds": ("Seconds of prefill", 2),
+    "decode_seconds": ("Seconds of decoding", 2),
+}
+CONDITIONS = {"device": "", "dtype": "", "batch": "batch ", "num_speculative_tokens": "K = "}
+CONDITIONS |= {"temperature": "temperature ", "commit": "commit "}
+SETTINGS = {"pool": "pool ", "autoregressive_width": "autoregressive baseline of width "}
+SETTINGS |= {"max_new_tokens": "longest completion in tokens ", "passes": "passes "}
+CSS = """
+:root { color-scheme: light } body { background: #fff; color: #1b1b1b; max-width: 70rem; margin: 2rem auto;
+padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif } h2 { margin-top: 3rem; border-bottom: 1px solid #ccc }
+figure { margin: 1rem 0 } img { max-width: 100% } figcaption { color: #555; overflow-wrap: anywhere }
+div { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+caption { text-align: left; font-weight: 600 } th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd;
+text-align: right } th:first-child { text-align: left } summary { cursor: pointer }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Draws a benchmark: report.html with everything inside it, and the plots beside it."""
+
+    bench: Path
+    """The bench.json that decode.bench wrote."""
+    out: Path
+    """Folder for report.html and the plots; made if missing, an older report in it is replaced."""
+
+
+def run(config: ReportConfig) -> None:
+    """Writes the plots, then the page; raises `UserError` for a bench or a folder that will not do."""
+    bench = load(config.bench)
+    plots = draw(bench)
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        for name, picture in plots.items():
+            file = config.out / f"{name}.png"
+            file.unlink(missing_ok=True)
+            if picture:
+                file.write_bytes(picture)
+        (config.out / "report.html").write_text(page(bench, plots), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {config.out} cannot be written ({error.strerror}); name another folder") from error
+
+
+def load(path: Path) -> Bench:
+    """Reads a bench of schema 1; raises `UserError` for anything else."""
+    try:
+        bench = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--bench {path} cannot be read ({error.strerror}); decode.bench writes it") from error
+    except ValueError as error:
+        raise UserError(f"--bench {path} is not JSON ({error}); give the file that decode.bench wrote") from error
+    schema = bench.get("schema") if isinstance(bench, dict) else None
+    if schema != 1:
+        raise UserError(f"--bench {path} has schema {schema!r}, only 1 can be read; run decode.bench again")
+    return bench
+
+
+def draw(bench: Bench) -> Plots:
+    """Every plot by name, as the bytes of a PNG; None where the bench has nothing to draw."""
+    router = bench.get("router") or {}
+    with matplotlib.style.context(["default", STYLE]):
+        figures = {
+            "draft_accuracy": _bars(bench, ["draft_accuracy"]),
+            "speedup": _bars(bench, ["speedup_vs_autoregressive", "speedup_vs_base"]),
+            "acceptance_by_position": _positions(bench),
+            "router_confusion": _confusion(router.get("confusion")),
+            "clusters": _clusters(bench.get("clusters")),
+        }
+        return {name: figure and _png(figure) for name, figure in figures.items()}
+
+
+def page(bench: Bench, plots: Plots) -> str:
+    """The report as one HTML document that refers to nothing outside itself."""
+    accuracy, over_autoregressive, over_base, *others = (_table(bench, field) for field in MEASURES)
+    gain = "Wall clock, prefill and routing included; the dashed line is no gain."
+    share = "Share accepted at each position of the block."
+    counts = "A row holds a task's prompts: colour is the share sent to each drafter, the number is the count."
+    points = "Prompts in two dimensions; a second panel, if any, shows labels that the clustering never saw."
+    parts = [
+        f"<h1>Speculative decoding report</h1><p>{_facts(bench, CONDITIONS)}<br>{_facts(bench, SETTINGS)}</p>",
+        _section(bench, plots, "draft_accuracy", "Draft accuracy", "Accepted over drafted tokens.") + accuracy,
+        _section(bench, plots, "speedup", "Speedup", gain) + over_autoregressive + over_base,
+        _section(bench, plots, "acceptance_by_position", "Acceptance by position", share),
+        _section(bench, plots, "router_confusion", "Router", counts) + _router(bench.get("router")),
+        _section(bench, plots, "clusters", "Clusters", points),
+        f"<h2>Other measures</h2><details><summary>Show the tables</summary>{''.join(others)}</details>",
+    ]
+    head = f'<meta charset="utf-8"><title>Speculative decoding report</title><style>{CSS}</style>'
+    body = "\n".join(parts)
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+
+
+def _bars(bench: Bench, fields: list[str]) -> Figure | None:
+    fields = [field for field in fields if _methods(bench, field)]
+    if not fields:
+        return None
+    groups = [name for name, _ in _groups(bench)]
+    methods = list(dict.fromkeys(m for field in fields for m in _methods(bench, field)))
+    width = min(18.0, max(7.0, 1.5 + 1.15 * len(groups)))
+    figure = Figure(figsize=(width, 1.2 + 3.0 * len(fields)), layout="constrained")
+    axes = figure.subplots(len(fields), squeeze=False, sharex=True)[:, 0]
+    for axis, field in zip(axes, fields, strict=True):
+        _grouped_bars(axis, bench, methods, field)
+        axis.set(ylabel=MEASURES[field][0], xlim=(-0.6, len(groups) - 0.4))
+        _name_columns(axis, groups)
+    _legend(figure, axes[0].containers, methods, loc="outside upper center")
+    return figure
+
+
+def _grouped_bars(axis: Axes, bench: Bench, methods: list[str], field: str) -> None:
+    rows, width, colours = [row for _, row in _groups(bench)], 0.84 / len(methods), _colours(bench)
+    for i, method in enumerate(methods):
+        left = np.arange(len(rows)) - 0.42 + i * width
+        heights = np.array([_cell(row, method, field) for row in rows], float)
+        axis.bar(left, heights, width, align="edge", color=colours[method], edgecolor=INK, linewidth=0.4)
+    axis.grid(axis="y")
+    if field.startswith("speedup"):
+        axis.axhline(1.0, color=INK, linewidth=1, linestyle="--")
+
+
+def _positions(bench: Bench) -> Figure | None:
+    field = "acceptance_by_position"
+    methods = _methods(bench, field)
+    groups = [(name, row) for name, row in _groups(bench) if any(_cell(row, m, field) for m in methods)]
+    if not groups:
+        return None
+    across, down = min(3, len(groups)), math.ceil(len(groups) / 3)
+    figure = Figure(figsize=(max(7.0, 3.6 * across), 1.0 + 2.6 * down), layout="constrained")
+    panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
+    for panel, (name, row) in zip(panels, groups, strict=False):
+        _curves(panel, {method: _cell(row, method, field) or [] for method in methods}, _colours(bench))
+        panel.set_title(_short(name), fontsize=10)
+    for panel in panels[len(groups) :]:
+        panel.set_axis_off()
+    figure.supxlabel("position in the block", fontsize=10)
+    figure.supylabel("share accepted", fontsize=10)
+    _legend(figure, panels[0].lines, methods, loc="outside upper center")
+    return figure
+
+
+def _curves(panel: Axes, shares: dict[str, list[float]], colours: dict[str, str]) -> None:
+    edge = {"markersize": 5, "markeredgecolor": INK, "markeredgewidth": 0.4}
+    for method, marker in zip(shares, itertools.cycle(MARKERS), strict=False):
+        heights = np.array(shares[method], float)
+        panel.plot(np.arange(1, len(heights) + 1), heights, color=colours[method], marker=marker, **edge)
+    longest = max(map(len, shares.values()))
+    panel.set(xlim=(0.7, longest + 0.3), ylim=(-0.03, 1.03))
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    panel.grid(axis="y")
+
+
+def _confusion(confusion: Bench | None) -> Figure | None:
+    if not confusion or not np.size(confusion["counts"]):
+        return None
+    counts = np.array(confusion["counts"])
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    down, across = counts.shape
+    figure = Figure(figsize=(max(5.5, 3.2 + 0.75 * across), max(3.0, 2.0 + 0.5 * down)), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (i, j), share in np.ndenumerate(shares):
+        axis.text(j, i, str(counts[i, j]), ha="center", va="center", color="white" if share > 0.5 else "black")
+    axis.set(xlabel="drafter chosen", ylabel="task of the prompt")
+    _name_columns(axis, confusion["drafters"])
+    axis.set_yticks(range(down), [_short(name) for name in confusion["tasks"]])
+    figure.colorbar(image, label="share of the task's prompts")
+    return figure
+
+
+def _clusters(clusters: Bench | None) -> Figure | None:
+    if not clusters or not clusters["points"]:
+        return None
+    points, names = np.array(clusters["points"], float), clusters["names"]
+    panels = {"cluster found": ([names[i] for i in clusters["cluster"]], names)}
+    if any(clusters.get("task") or []):
+        labels = [task or "no label" for task in clusters["task"]]
+        panels["hidden label"] = (labels, sorted(set(labels)))
+    figure = Figure(figsize=(max(7.0, 6.2 * len(panels)), 6.4), layout="constrained")
+    for axis, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axis.set(title=title, xticks=[], yticks=[])
+        _scatter(axis, points, *panels[title])
+    return figure
+
+
+def _scatter(axis: Axes, points: np.ndarray, labels: list[str], names: list[str]) -> None:
+    for name, colour, marker in zip(names, itertools.cycle(MUTED), itertools.cycle(MARKERS), strict=False):
+        chosen = points[np.array(labels) == name]
+        axis.scatter(*chosen.T, s=20, color=colour, marker=marker, linewidths=0.3, edgecolors=INK)
+    _legend(axis, axis.collections, names, loc="upper center", bbox_to_anchor=(0.5, -0.01), fontsize=9)
+
+
+def _name_columns(axis: Axes, names: list[str]) -> None:
+    labels = [_short(name) for name in names]
+    axis.set_xticks(range(len(labels)), labels)
+    room = axis.get_window_extent().width / len(labels)
+    if 8.6 * max(map(len, labels)) > room:  # a letter takes about that many pixels
+        for label in axis.get_xticklabels():
+            label.set(rotation=30, ha="right", rotation_mode="anchor")
+
+
+def _legend(place: Figure | Axes, handles: Iterable[Any], names: list[str], **where: Any) -> None:
+    for columns in range(min(8, len(names)), 0, -1):
+        legend = place.legend(list(handles), [_short(name) for name in names], ncols=columns, **where)
+        if columns == 1 or legend.get_window_extent().width <= place.get_window_extent().width:
+            return
+        legend.remove()
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 22 else name[:21] + "…"
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _section(bench: Bench, plots: Plots, name: str, title: str, reading: str) -> str:
+    picture = plots[name]
+    if not picture:
+        return f"<h2>{title}</h2><p>This bench holds nothing to draw in {name}.png, so that plot is left out.</p>"
+    image = f'<img alt="{title}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+    caption = f"<figcaption>{_facts(bench, CONDITIONS)}</figcaption>"
+    return f"<h2>{title}</h2><p>{reading}</p><figure>{caption}{image}</figure>"
+
+
+def _facts(bench: Bench, labels: dict[str, str]) -> str:
+    values = {field: bench.get(field) for field in labels}
+    return " · ".join(html.escape(labels[f] + (DASH if v is None else str(v))) for f, v in values.items())
+
+
+def _table(bench: Bench, field: str) -> str:
+    heading, decimals = MEASURES[field]
+    methods = _methods(bench)
+    groups = [[name, *(_number(_cell(row, m, field), decimals) for m in methods)] for name, row in _groups(bench)]
+    return _html_table(heading, ["task", *methods], groups)
+
+
+def _router(router: Bench | None) -> str:
+    if not router:
+        return ""
+    fields = ["accuracy", "milliseconds", "share_of_time_to_first_token", "fallback_rate"]
+    rows = [[field.replace("_", " "), _number(router.get(field), 4)] for field in fields]
+    return _html_table("Router", ["measure", "value"], rows)
+
+
+def _html_table(caption: str, head: list[str], rows: list[list[str]]) -> str:
+    titles = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    lines = [[html.escape(cell) for cell in row] for row in rows]
+    body = "\n".join(f"<tr><th>{row[0]}</th><td>{'</td><td>'.join(row[1:])}</td></tr>" for row in lines)
+    return f"<div><table><caption>{html.escape(caption)}</caption><tr>{titles}</tr>\n{body}</table></div>"
+
+
+def _number(value: float | None, decimals: int | None) -> str:
+    if value is None or not math.isfinite(value):
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.6g}" if decimals is None else f"{value:.{decimals}f}"
+
+
+def _groups(bench: Bench) -> list[tuple[str, Bench]]:
+    """What a table's row and a plot's group stand for: the tasks in their order, then their mean."""
+    mean = bench.get("mean")
+    return [*(bench.get("tasks") or {}).items(), *([("mean", mean)] if mean else [])]
+
+
+def _methods(bench: Bench, field: str | None = None) -> list[str]:
+    """The methods with a number for `field` in any group, in the order of `COLOURS`, unknown ones last."""
+    rows = [row for _, row in _groups(bench)]
+    seen = dict.fromkeys(m for row in rows for m in row if field is None or _cell(row, m, field) is not None)
+    order = list(COLOURS)
+    return sorted(seen, key=lambda method: order.index(method) if method in order else len(order))
+
+
+def _colours(bench: Bench) -> dict[str, str]:
+    spare = itertools.cycle(MUTED)
+    return {method: COLOURS.get(method) or next(spare) for method in _methods(bench)}
+
+
+def _cell(row: Bench, method: str, field: str) -> Any:
+    """A number or list as the bench has it; None where it is missing, null or holds nothing finite."""
+    value = (row.get(method) or {}).get(field)
+    return value if np.isfinite(np.array(value, float)).any() else None
+
+
+def main() -> None:
+    """The command line."""
+    command_line(ReportConfig, run)
+
+
+if __name__ == "__main__":
+    main()

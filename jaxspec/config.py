@@ -1,0 +1,199 @@
+"""What an experiment is: frozen dataclasses of plain values, read from a preset file and overridden by flags.
+
+A preset is a Python file with one name, `experiment`; a variant of it is `dataclasses.replace(preset.experiment, ...)`.
+"""
+
+import dataclasses
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+Config = TypeVar("Config")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one sentence with the value received and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """How the log is replayed through base speculative decoding."""
+
+    batch: int = 32
+    """Prompts decoded together."""
+    max_new_tokens: int = 96
+    """Longest completion, in tokens."""
+    max_prompt_tokens: int = 512
+    """Longer prompts are left out of the trace (and counted)."""
+    num_speculative_tokens: int = 4
+    """Tokens drafted a round."""
+    temperature: float = 0.0
+    """Temperature of the target's own output; 0 is greedy."""
+    top_logits: int = 32
+    """Largest target probabilities kept for every emitted token; the rest is one tail mass."""
+    use_responses: bool = True
+    """Take a line's `response` as the target's output; otherwise the target always decodes its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """How tasks are found in the trace."""
+
+    features: Literal["hidden", "tfidf", "encoder"] = "hidden"
+    """The target's pooled hidden states, TF-IDF with SVD, or a Hugging Face encoder."""
+    encoder: str = ""
+    """Folder of the encoder, for features=encoder."""
+    embed: Literal["prompt", "everything"] = "prompt"
+    """The prompt alone, or prompt, base draft and target output (TaskSpec)."""
+    num_clusters: int | None = None
+    """Number of tasks; None chooses it by silhouette."""
+    min_clusters: int = 2
+    """Smallest number that the silhouette may choose."""
+    max_clusters: int = 16
+    """Largest number that the silhouette may choose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Align:
+    """How drafters are aligned to the target; the mixed control gets the same total of steps x tokens."""
+
+    divergence: Literal["forward_kl"] = "forward_kl"
+    """Distance from the target's distribution to the drafter's that training lowers."""
+    rank: int = 16
+    """Rank of the LoRA adapters."""
+    alpha: float = 32.0
+    """LoRA scale: the update is alpha / rank times B A."""
+    steps: int = 200
+    """Optimiser steps of each specialist."""
+    rows: int = 8
+    """Packed sequences of one task in a step."""
+    row_tokens: int = 256
+    """Tokens in a packed sequence."""
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    """Candidates for LoRA; the calibrate split chooses."""
+    full_learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """Candidates for the full fine-tune of the mixed drafter."""
+    search_steps: int = 20
+    """Steps spent on each candidate; one candidate alone is taken without a search."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """The prompt classifier and its fallback."""
+
+    hidden: int = 128
+    """Width of the MLP's hidden layer."""
+    steps: int = 600
+    """Optimiser steps."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    batch: int = 256
+    """Prompts in a step."""
+    fallback_below: float = 0.5
+    """The base drafter serves a prompt whose most likely task is less likely than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate:
+    """How the number of drafted tokens is chosen on this device."""
+
+    lengths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+    """Numbers of drafted tokens to measure."""
+    prompts: int = 16
+    """Calibrate prompts decoded with each."""
+    passes: int = 2
+    """Interleaved passes; the fastest pass of each length counts."""
+    max_new_tokens: int = 64
+    """Longest completion while measuring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """From a target, a base drafter and a prompt log to a pool of routed drafters."""
+
+    target: str = ""
+    """Hugging Face folder of the target model."""
+    draft: str = ""
+    """Hugging Face folder of the base drafter; same tokenizer as the target."""
+    prompts: str = ""
+    """Prompt log: a .jsonl or .jsonl.gz file, or a folder of them."""
+    include: tuple[str, ...] = ()
+    """Files of the folder to read, named without suffix; none means all."""
+    limit: int | None = None
+    """Lines taken of each file, sampled with the seed."""
+    out: str = ""
+    """Folder for the stages and the pool."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations; distributions are always float32."""
+    seed: int = 0
+    """Seed of every random choice."""
+    trace: Trace = field(default_factory=Trace)
+    partition: Partition = field(default_factory=Partition)
+    align: Align = field(default_factory=Align)
+    router: Router = field(default_factory=Router)
+    calibrate: Calibrate = field(default_factory=Calibrate)
+
+
+def plain(config: Any) -> Any:
+    """A config as nested dicts and lists of plain values, as written to manifests."""
+    return dataclasses.asdict(config)
+
+
+def load_preset(path: str) -> Any:
+    """Reads the value named `experiment` from a preset file."""
+    try:
+        namespace = runpy.run_path(path)
+    except OSError as error:
+        raise UserError(
+            f"--config {path}: {error.strerror}; give the path of a preset such as configs/testbed.py"
+        ) from error
+    if "experiment" not in namespace:
+        raise UserError(f"--config {path} defines no value named `experiment`; see configs/testbed.py for the form")
+    return namespace["experiment"]
+
+
+def command_line(config_type: type[Config], run: Callable[[Config], None], argv: Sequence[str] | None = None) -> None:
+    """Parses flags, with `--config PRESET` as their defaults, and runs; a user's mistake ends it with exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        run(_parse(config_type, argv))
+    except UserError as error:
+        _leave(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _leave(
+            f"{place}{error.strerror or error}; what was finished is kept, run the same command again once it is mended"
+        )
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(config_type: type[Config], argv: list[str]) -> Config:
+    default = None
+    for i, word in enumerate(argv):
+        if word == "--config" or word.startswith("--config="):
+            path = word.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
+            default = load_preset(path)
+            argv = argv[:i] + argv[i + (1 if "=" in word else 2) :]
+            break
+    if default is not None and not isinstance(default, config_type):
+        raise UserError(f"--config holds a {type(default).__name__}, this command takes a {config_type.__name__}")
+    return (
+        tyro.cli(config_type, args=argv, default=default, config=(tyro.conf.FlagConversionOff,))
+        if default
+        else tyro.cli(config_type, args=argv)
+    )
+
+
+def _leave(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)

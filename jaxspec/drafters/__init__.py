@@ -1,0 +1,4 @@
+"""Ways of drafting, one file each; every factory returns a `jaxspec.types.Drafter`."""
+
+from jaxspec.drafters.lm import lm_drafter as lm_drafter
+from jaxspec.drafters.silent import silent_drafter as silent_drafter

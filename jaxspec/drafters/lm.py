@@ -1,0 +1,80 @@
+"""A smaller language model as the drafter, with one low-rank adapter a row."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxspec.adapters import Adapter, Bank, select
+from jaxspec.sampling import draw, log_probs
+from jaxspec.transformer import Cache, LMConfig, empty_cache, extend, unembed
+from jaxspec.types import Draft, Drafter, Prompt
+
+
+class LMDrafterParams(NamedTuple):
+    """Base weights and the LoRA bank; `bank=None` when the weights are merged already or there is none."""
+
+    weights: dict
+    bank: Bank | None = None
+
+
+class LMDrafterState(NamedTuple):
+    """Cache, its valid length `[B]`, and the rows' own adapters, gathered once a request."""
+
+    cache: Cache
+    length: Array
+    adapter: Adapter | None
+
+
+def lm_drafter(
+    config: LMConfig, num_speculative_tokens: int, *, vocab_size: int | None = None, dtype: Any = jnp.float32
+) -> Drafter:
+    """Drafts a chain with a language model; `vocab_size` is the target's, where the two are padded differently.
+
+    The round opens with a window of the last two tokens: after a fully accepted block the newest but one is not cached
+    yet, otherwise it is written again with what it was. So commit only counts, and K tokens cost K calls.
+    """
+
+    def init(params: LMDrafterParams, prompt: Prompt, slots: int) -> LMDrafterState:
+        batch = prompt.tokens.shape[0]
+        adapter = None if params.bank is None else select(params.bank, prompt.route)
+        empty = empty_cache(config, batch, slots, dtype)
+        start = jnp.zeros(batch, jnp.int32)
+        _, cache = extend(config, params.weights, empty, prompt.tokens, start, adapter=adapter)
+        return LMDrafterState(cache, prompt.length, adapter)
+
+    def propose(params: LMDrafterParams, state: LMDrafterState, tokens, length, key, sampling):
+        def read(cache, window, start):
+            return extend(config, params.weights, cache, window, start, adapter=state.adapter)
+
+        def choose(hidden, node):
+            log_q = log_probs(unembed(config, params.weights, hidden, vocab_size), sampling)
+            if sampling is None:
+                return jnp.argmax(log_q, axis=-1).astype(jnp.int32), None
+            own = jax.vmap(lambda k: jax.random.fold_in(k, node))(key)
+            return jax.vmap(draw)(own, log_q).astype(jnp.int32), log_q
+
+        def follow(carry, node):
+            cache, token, at = carry
+            hidden, cache = read(cache, token[:, None], at)
+            token, log_q = choose(hidden[:, 0], node)
+            return (cache, token, at + 1), (token, log_q)
+
+        start = jnp.maximum(length - 2, 0)
+        opening = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (2,)))(tokens, start)
+        hidden, cache = read(state.cache, opening, start)
+        last = jnp.take_along_axis(hidden, (length - 1 - start)[:, None, None], axis=1)[:, 0]
+        token, log_q = choose(last, 0)
+        first = jax.tree.map(lambda x: x[None], (token, log_q))
+        nodes = jnp.arange(1, num_speculative_tokens)
+        (cache, _, _), rest = jax.lax.scan(follow, (cache, token, length), nodes)
+        drafted, log_q = jax.tree.map(lambda a, b: jnp.moveaxis(jnp.concatenate([a, b]), 0, 1), first, rest)
+        count = jnp.full(length.shape, num_speculative_tokens, jnp.int32)
+        return Draft(drafted, count, log_q), state._replace(cache=cache)
+
+    def commit(params, state: LMDrafterState, verdict, scores):
+        del params, scores
+        return state._replace(length=state.length + verdict.num_emitted)
+
+    return Drafter(num_speculative_tokens, init, propose, commit)

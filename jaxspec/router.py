@@ -1,0 +1,104 @@
+"""The prompt classifier: a Flax MLP from the target's pooled prefill features to tasks, and its fallback to the base.
+
+The features are paid for by the prefill that happens anyway, so routing costs one small product a prompt.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+BASE = -1  # the route of the base drafter
+
+
+class RouterParams(NamedTuple):
+    """Features' mean and deviation `[H]` on the train split, and the MLP's weights."""
+
+    mean: Array
+    deviation: Array
+    mlp: dict
+
+
+class _MLP(nnx.Module):
+    def __init__(self, features: int, hidden: int, tasks: int, rngs: nnx.Rngs):
+        self.inner = nnx.Linear(features, hidden, rngs=rngs)
+        self.outer = nnx.Linear(hidden, tasks, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.outer(jax.nn.gelu(self.inner(x)))
+
+
+def init(features: np.ndarray, hidden: int, tasks: int, seed: int) -> RouterParams:
+    """A fresh router for features like `features [N, H]`, which also set its scale."""
+    mlp = nnx.to_pure_dict(nnx.state(_MLP(features.shape[1], hidden, tasks, nnx.Rngs(seed))))
+    deviation = np.maximum(features.std(0), 1e-6)
+    return RouterParams(jnp.asarray(features.mean(0)), jnp.asarray(deviation), mlp)
+
+
+def abstract(features: int, hidden: int, tasks: int) -> RouterParams:
+    """Shapes of a router's parameters."""
+    return jax.eval_shape(lambda: _abstract(features, hidden, tasks))
+
+
+def probabilities(params: RouterParams, features: Array) -> Array:
+    """`[B, H]` pooled prefill features -> `[B, tasks]` probabilities of the tasks."""
+    return jax.nn.softmax(_logits(params, features), axis=-1)
+
+
+def choose(probability: np.ndarray, fallback_below: float) -> np.ndarray:
+    """Routes `[B]`: the likeliest task, or BASE where it is less likely than `fallback_below`."""
+    likeliest = probability.argmax(-1)
+    return np.where(probability.max(-1) < fallback_below, BASE, likeliest)
+
+
+def train(
+    params: RouterParams,
+    features: np.ndarray,
+    task: np.ndarray,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+) -> RouterParams:
+    """Cross entropy to the clusters by AdamW, inputs perturbed a little so that the MLP does not trust rare directions.
+
+    Args:
+        features: `[N, H]` of the train split; task: `[N]` their clusters.
+    """
+    tx = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=1e-2)
+    features, task = jnp.asarray(features), jnp.asarray(task)
+    batch = min(batch, len(task))
+
+    def loss(mlp, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(_logits(params._replace(mlp=mlp), x), y).mean()
+
+    def step(carry, key):
+        mlp, opt = carry
+        pick_key, noise_key = jax.random.split(key)
+        rows = jax.random.randint(pick_key, (batch,), 0, len(task))
+        noise = 0.1 * params.deviation * jax.random.normal(noise_key, (batch, features.shape[1]))
+        value, grads = jax.value_and_grad(loss)(mlp, features[rows] + noise, task[rows])
+        updates, opt = tx.update(grads, opt, mlp)
+        return (optax.apply_updates(mlp, updates), opt), value
+
+    keys = jax.random.split(jax.random.key(seed), steps)
+    fit = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))
+    (mlp, _), _ = fit((params.mlp, tx.init(params.mlp)))
+    return params._replace(mlp=mlp)
+
+
+def _logits(params: RouterParams, features: Array) -> Array:
+    x = (features - params.mean) / params.deviation
+    hidden, tasks = params.mlp["inner"]["kernel"].shape[1], params.mlp["outer"]["kernel"].shape[1]
+    graph, _ = nnx.split(nnx.eval_shape(lambda: _MLP(x.shape[-1], hidden, tasks, nnx.Rngs(0))))
+    return nnx.merge(graph, nnx.State(params.mlp))(x)
+
+
+def _abstract(features: int, hidden: int, tasks: int) -> RouterParams:
+    mlp = nnx.to_pure_dict(nnx.state(_MLP(features, hidden, tasks, nnx.Rngs(0))))
+    return RouterParams(jnp.zeros(features), jnp.zeros(features), mlp)

@@ -1,0 +1,110 @@
+"""The step: propose, score, verify, commit; and the loop around it.
+
+Speculative decoding is a Markov kernel, `state, info = step(params, state)`: state is fed back, info never is. One
+step serves several drivers; `run` is the one that stays on the device until every row has ended.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxspec.sampling import DRAFT, VERIFY, round_key
+from jaxspec.types import Drafter, Prompt, SpecInfo, SpecParams, SpecState, Speculator, Target, Verdict
+from jaxspec.verify import walk
+
+
+def speculator(target: Target, drafter: Drafter, law: Callable, *, stop_tokens: Sequence[int]) -> Speculator:
+    """Composes a target, a drafter and an acceptance rule into one pure step.
+
+    Args:
+        law: acceptance rule of one row, see `jaxspec.verify`.
+        stop_tokens: token ids that end a row; the stop token itself is emitted.
+    """
+    stops = jnp.asarray(tuple(stop_tokens), jnp.int32)
+
+    def init(params: SpecParams, prompt: Prompt, target_state, sampling, slots: int) -> SpecState:
+        batch, bucket = prompt.tokens.shape
+        real = jnp.arange(bucket) < prompt.length[:, None]
+        tokens = jnp.pad(jnp.where(real, prompt.tokens, 0), ((0, 0), (0, slots - bucket)))
+        none = jnp.zeros(batch, bool)
+        return SpecState(
+            tokens=tokens.astype(jnp.int32),
+            length=prompt.length,
+            stop_length=prompt.length + prompt.limit,
+            done=prompt.limit <= 0,
+            stopped=none,
+            key=prompt.key,
+            draft_limit=prompt.draft_limit,
+            sampling=sampling,
+            target=target_state,
+            drafter=drafter.init(params.drafter, prompt, slots),
+        )
+
+    def step(params: SpecParams, state: SpecState) -> tuple[SpecState, SpecInfo]:
+        last = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
+        with jax.named_scope("propose"):
+            key = round_key(state.key, state.length, DRAFT)
+            draft, drafter_state = drafter.propose(
+                params.drafter, state.drafter, state.tokens, state.length, key, state.sampling
+            )
+            allowed = jnp.where(state.done, 0, state.draft_limit)
+            draft = draft._replace(num_drafted=jnp.minimum(draft.num_drafted, allowed))
+        with jax.named_scope("score"):
+            window = jnp.concatenate([last, draft.tokens], axis=1)
+            scores, target_state = target.score(params.target, state.target, window, draft.parents, state.sampling)
+        with jax.named_scope("verify"):
+            full = _verify(law, state, draft, scores.log_p)
+            verdict, stopped = _cut(full, state, stops)
+        with jax.named_scope("commit"):
+            drafter_state = drafter.commit(params.drafter, drafter_state, verdict, scores)
+            target_state = target.commit(target_state, verdict, draft.parents)
+            following = _emit(state, verdict, stopped)._replace(target=target_state, drafter=drafter_state)
+        accepted = jnp.where(state.done, 0, full.num_accepted)
+        return following, SpecInfo(draft, scores, verdict, state.length, draft.num_drafted, accepted)
+
+    return Speculator(drafter.num_nodes, init, step)
+
+
+def run(
+    step: Callable, fold: Callable[[Any, SpecInfo], Any], params: SpecParams, state: SpecState, stats: Any
+) -> tuple[SpecState, Any]:
+    """Repeats `step` on the device until every row is done, folding each round's info into `stats`."""
+
+    def body(carry):
+        state, stats = carry
+        state, info = step(params, state)
+        return state, fold(stats, info)
+
+    return jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), body, (state, stats))
+
+
+def _verify(law: Callable, state: SpecState, draft, log_p: Array) -> Verdict:
+    rows = jax.vmap(law)(draft, log_p)
+    if state.sampling is None:
+        return jax.vmap(lambda d, r: walk(None, d, r))(draft, rows)
+    return jax.vmap(walk)(round_key(state.key, state.length, VERIFY), draft, rows)
+
+
+def _cut(verdict: Verdict, state: SpecState, stops: Array) -> tuple[Verdict, Array]:
+    """Ends a verdict at its first stop token or at the budget, whichever comes first, and finished rows at once."""
+    width = verdict.tokens.shape[1]
+    index = jnp.arange(width)
+    emitted = jnp.minimum(verdict.num_emitted, state.stop_length - state.length)
+    is_stop = (verdict.tokens[..., None] == stops).any(-1) & (index < emitted[:, None])
+    stopped = is_stop.any(1) & ~state.done
+    emitted = jnp.where(stopped, jnp.argmax(is_stop, axis=1) + 1, emitted).astype(jnp.int32)
+    emitted = jnp.where(state.done, 0, emitted)
+    accepted = jnp.minimum(verdict.num_accepted, emitted)
+    return verdict._replace(num_emitted=emitted, num_accepted=accepted), stopped
+
+
+def _emit(state: SpecState, verdict: Verdict, stopped: Array) -> SpecState:
+    real = jnp.arange(verdict.tokens.shape[1]) < verdict.num_emitted[:, None]
+    put = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,))
+    tokens = jax.vmap(put)(state.tokens, jnp.where(real, verdict.tokens, 0), state.length)
+    length = state.length + verdict.num_emitted
+    done = state.done | stopped | (length >= state.stop_length)
+    return state._replace(tokens=tokens, length=length, done=done, stopped=state.stopped | stopped)

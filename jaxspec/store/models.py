@@ -1,0 +1,56 @@
+"""The pair that every stage works with: a target and a base drafter of one tokenizer."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxspec.config import UserError
+from jaxspec.store.huggingface import Model, check_same_tokenizer, fingerprint, read_model, read_tokenizer
+from jaxspec.store.prompts import Line
+
+
+class Pair(NamedTuple):
+    """Target, base drafter, their tokenizer and its fingerprint."""
+
+    target: Model
+    draft: Model
+    tokenizer: Any
+    fingerprint: str
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        return self.target.stop_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        return self.target.config.vocab_size
+
+    @property
+    def longest(self) -> int:
+        """Most positions that both models were made for."""
+        return min(self.target.config.max_positions, self.draft.config.max_positions)
+
+
+def read_pair(target: str, draft: str, dtype: str) -> Pair:
+    """Loads both models; UserError when their tokenizers differ (padded vocabularies may)."""
+    for flag, path in (("--target", target), ("--draft", draft)):
+        if not path:
+            raise UserError(f"{flag} is missing; give a Hugging Face folder")
+    tokenizer, other = read_tokenizer(target), read_tokenizer(draft)
+    check_same_tokenizer(tokenizer, other, target, draft)
+    kind = jnp.dtype(dtype)
+    return Pair(read_model(target, kind), read_model(draft, kind), tokenizer, fingerprint(tokenizer))
+
+
+def encode(tokenizer: Any, line: Line) -> tuple[int, ...]:
+    """Token ids of a prompt, through the chat template where the tokenizer has one."""
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(line.messages, tokenize=False, add_generation_prompt=True)
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tuple(tokenizer(line.text)["input_ids"])
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of emitted ids, special tokens left out."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -1,0 +1,101 @@
+"""The pool: all that decoding needs. Target and base by path and digest, the adapter bank, mixed, router, calibration."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec import router
+from jaxspec.adapters import Bank, init_bank, merge
+from jaxspec.config import UserError
+from jaxspec.router import RouterParams
+from jaxspec.store.models import Pair, read_pair
+from jaxspec.store.stages import MANIFEST, read_json
+from jaxspec.store.trees import read_tree
+from jaxspec.transformer import abstract
+
+BANK, MIXED, ROUTER, TEST, POINTS = (
+    "bank.safetensors",
+    "mixed.safetensors",
+    "router.safetensors",
+    "test.jsonl",
+    "points.npz",
+)
+
+
+class Pool(NamedTuple):
+    """Models and drafters in memory.
+
+    bank: adapters of the base drafter, one a task; mixed: weights of the control; facts: what the manifest says of
+    tasks, labels, calibration and the log.
+    """
+
+    path: Path
+    pair: Pair
+    bank: Bank
+    mixed: dict
+    router: RouterParams
+    facts: dict[str, Any]
+    digest: str
+
+    @property
+    def tasks(self) -> list[str]:
+        return self.facts["tasks"]
+
+    def specialist(self, task: int) -> dict:
+        """Weights of one task's drafter, merged; the base's own for a negative task."""
+        return merge(self.pair.draft.params, self.bank, task)
+
+
+def read_pool(path: str, *, target: str = "", draft: str = "", dtype: str = "") -> Pool:
+    """Loads a pool.
+
+    Args:
+        target, draft: other places of the same models; their digest must agree.
+        dtype: type of weights and activations, if not the one that the pool was made with.
+
+    Raises:
+        UserError: no pool there, a model that is another one, a damaged file.
+    """
+    folder = Path(path)
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"{path!r} is not a pool (it has no {MANIFEST}); `python -m train` makes one in OUT/pool")
+    manifest = read_json(folder / MANIFEST)
+    return load_pool(folder, manifest["results"], manifest["digest"], target=target, draft=draft, dtype=dtype)
+
+
+def load_pool(folder: Path, facts: dict, digest: str, *, target: str = "", draft: str = "", dtype: str = "") -> Pool:
+    """Loads a pool whose facts are known already."""
+    paths = {"target": target or facts["target"]["path"], "draft": draft or facts["draft"]["path"]}
+    pair = read_pair(paths["target"], paths["draft"], dtype or facts["dtype"])
+    for name, model in (("target", pair.target), ("draft", pair.draft)):
+        if model.digest != facts[name]["digest"]:
+            raise UserError(
+                f"{model.path} is not the {name} of this pool: its digest is {model.digest}, the pool was made with "
+                f"{facts[name]['digest']}; give the right folder with --{name}"
+            )
+    if pair.fingerprint != facts["tokenizer"]:
+        raise UserError(f"the tokenizer in {pair.target.path} is not the one that this pool was made with")
+    tasks = len(facts["tasks"])
+    like = lambda number: jax.eval_shape(
+        lambda: init_bank(pair.draft.params, jax.random.key(0), tasks=number, rank=facts["rank"])
+    )
+    bank = read_tree(folder / BANK, like(tasks))
+    shape = router.abstract(pair.target.config.width, facts["router_hidden"], tasks)
+    return Pool(
+        folder,
+        pair,
+        bank,
+        _mixed(folder, facts, pair, like),
+        read_tree(folder / ROUTER, shape),
+        facts,
+        digest,
+    )
+
+
+def _mixed(folder: Path, facts: dict, pair: Pair, like) -> dict:
+    if facts["mixed"] == "mixed_lora":
+        return merge(pair.draft.params, read_tree(folder / MIXED, like(1)), 0)
+    full = read_tree(folder / MIXED, abstract(pair.draft.config, jnp.float32))
+    return jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), full, pair.draft.params)

@@ -1,0 +1,102 @@
+"""Prompt files: JSON lines, plain or gzipped, one file or a folder of them."""
+
+import gzip
+import json
+import random
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxspec.config import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One prompt: `messages` as chat, and what else its line said (`max_new_tokens`, `seed`, `drafter`, ...)."""
+
+    id: str
+    messages: list[dict[str, str]]
+    response: str | None
+    task: str | None
+    settings: dict[str, Any]
+    source: str
+
+    @property
+    def text(self) -> str:
+        return "\n".join(message["content"] for message in self.messages)
+
+
+def read_prompts(
+    path: str, *, include: Sequence[str] = (), limit: int | None = None, seed: int | None = None
+) -> list[Line]:
+    """Reads a log.
+
+    Args:
+        include: file names without suffix; empty reads every file of a folder.
+        limit: lines taken of each file: the first ones, or a sample when `seed` is given.
+
+    Raises:
+        UserError: no such file, a line that is not JSON or has no prompt (with its number).
+    """
+    lines = []
+    for file in _files(path, include):
+        own = list(_read(file))
+        if limit is not None and seed is not None and limit < len(own):
+            chosen = random.Random(zlib.crc32(_stem(file).encode()) ^ seed).sample(range(len(own)), limit)
+            own = [own[i] for i in sorted(chosen)]
+        lines += own[:limit]
+    if not lines:
+        raise UserError(f"{path} holds no prompts; each line must be a JSON object with `prompt` or `messages`")
+    return lines
+
+
+def parse_line(text: str, source: str) -> Line:
+    """One JSON line; `source` names it in errors."""
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{source} is not JSON ({error}); write one object a line") from error
+    if not isinstance(raw, dict) or not (raw.keys() & {"prompt", "messages"}):
+        raise UserError(f'{source} has neither "prompt" nor "messages"; write {{"prompt": "..."}}')
+    messages = raw.pop("messages", None) or [{"role": "user", "content": raw.pop("prompt", "")}]
+    raw.pop("prompt", None)
+    if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        raise UserError(f"{source}: a prompt or message content is not a text")
+    if not any(message["content"].strip() for message in messages):
+        raise UserError(f"{source}: the prompt is empty")
+    take = lambda key: raw.pop(key, None)
+    return Line(str(raw.pop("id", source)), messages, take("response"), take("task"), raw, source)
+
+
+def _read(file: Path) -> Iterator[Line]:
+    opener = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opener(file, "rt", encoding="utf-8") as handle:
+            for number, text in enumerate(handle, 1):
+                if text.strip():
+                    yield parse_line(text, f"{file}, line {number}")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read ({error})") from error
+
+
+def _files(path: str, include: Sequence[str]) -> list[Path]:
+    root = Path(path)
+    if not path or not root.exists():
+        raise UserError(
+            f"prompts {str(path)!r}: no such file or folder; give a .jsonl or .jsonl.gz file or a folder of them"
+        )
+    if root.is_file():
+        return [root]
+    found = {_stem(file): file for file in sorted(root.iterdir()) if file.name.endswith(SUFFIXES)}
+    for name in include:
+        if name not in found:
+            raise UserError(f"{path} has no file {name}.jsonl or {name}.jsonl.gz; it has {', '.join(found) or 'none'}")
+    return [found[name] for name in include] if include else list(found.values())
+
+
+def _stem(file: Path) -> str:
+    return file.name.removesuffix(".gz").removesuffix(".jsonl")

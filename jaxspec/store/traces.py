@@ -1,0 +1,60 @@
+"""A finished trace in memory: one record a prompt of the log."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxspec.store.stages import manifest, read_arrays
+
+PARTS = ("prompt", "draft", "output")
+
+
+class Traces(NamedTuple):
+    """The log as lines, and what base decoding left of each; N prompts, O output places, k kept probabilities.
+
+    tokens: N arrays of ids, prompt and output; prompt_length `[N]`.
+    top_ids, top_log_p `[N, O, k]`, tail_log_p `[N, O]`: the target's distribution before each emitted token.
+    draft `[N, O]`: what base proposed there, -1 for nothing; drafted, accepted `[N]` its counts.
+    features: unit vectors `[N, H]` of prompt, draft and output.
+    """
+
+    log: list[dict]
+    tokens: list[npt.NDArray[np.int32]]
+    prompt_length: np.ndarray
+    top_ids: np.ndarray
+    top_log_p: np.ndarray
+    tail_log_p: np.ndarray
+    draft: np.ndarray
+    drafted: np.ndarray
+    accepted: np.ndarray
+    features: dict[str, np.ndarray]
+
+    def outputs(self) -> Iterator[np.ndarray]:
+        return (own[n:] for own, n in zip(self.tokens, self.prompt_length, strict=True))
+
+
+def read_traces(out: str) -> Traces:
+    """Reads `out/trace`; UserError when it is not finished or a shard is damaged."""
+    manifest(out, "trace")
+    folder = Path(out, "trace")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    shards = [read_arrays(file) for file in sorted(folder.glob("shard-*.npz"))]
+    order = np.argsort(np.concatenate([shard["row"] for shard in shards]))
+    column = lambda name: np.concatenate([shard[name] for shard in shards])[order]
+    tokens = [own[:n] for shard in shards for own, n in zip(shard["tokens"], shard["length"], strict=True)]
+    return Traces(
+        log=log,
+        tokens=[tokens[i] for i in order],
+        prompt_length=column("prompt_length"),
+        top_ids=column("top_ids"),
+        top_log_p=column("top_log_p"),
+        tail_log_p=column("tail_log_p"),
+        draft=column("draft"),
+        drafted=column("drafted"),
+        accepted=column("accepted"),
+        features={part: column(f"{part}_features") for part in PARTS},
+    )

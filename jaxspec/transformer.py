@@ -1,0 +1,310 @@
+"""Decoder-only language models and their rewindable cache.
+
+The modules are Flax NNX and define parameters and forward pass; what leaves this file are pure functions over plain
+dicts of arrays: `forward` for whole sequences, `extend` for a window behind a cache, `unembed` for logits.
+Architectures: Llama 2 and 3, Mistral, Qwen2, Qwen3, which differ in `LMConfig` and nowhere else.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxspec.adapters import Adapter, low_rank
+
+NEVER = -1e9  # a logit whose probability is exactly zero in float32, yet zero times it is not NaN
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding: base frequency and, for longer contexts, how frequencies are scaled."""
+
+    theta: float = 10_000.0
+    kind: str = "default"  # default, linear or llama3
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMConfig:
+    """Shape of a decoder-only language model; `windows` holds each layer's attention window, None for all."""
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    max_positions: int
+    rope: Rope = Rope()
+    norm_eps: float = 1e-6
+    tied: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, each `[B, S, kv heads, head_dim]`; a slot's index is its token's position."""
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+
+    @property
+    def slots(self) -> int:
+        return self.keys[0].shape[1]
+
+
+def init(config: LMConfig, key: Array, dtype=jnp.float32) -> dict:
+    """Draws fresh parameters (normal, standard deviation 0.02, residual outputs scaled by depth); consumes `key`."""
+    shapes = abstract(config, dtype)
+    paths, treedef = jax.tree.flatten_with_path(shapes)
+    residual = 0.02 / math.sqrt(2 * config.num_layers)
+
+    def draw(i: int, path, leaf) -> Array:
+        names = [str(getattr(p, "key", p)) for p in path]
+        if names[-1] == "scale":
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if names[-1] == "bias":
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        scale = residual if names[-2] in ("o", "down") else 0.02
+        return (scale * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)).astype(leaf.dtype)
+
+    return treedef.unflatten([draw(i, path, leaf) for i, (path, leaf) in enumerate(paths)])
+
+
+def abstract(config: LMConfig, dtype=jnp.float32) -> dict:
+    """Shapes and types of the parameters, nothing allocated."""
+    shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: _Decoder(config, nnx.Rngs(0)))))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+
+def empty_cache(config: LMConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
+    """A cache of `slots` positions for `batch` rows; what lies past a row's length is never read."""
+    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+    return Cache(zeros(), zeros())
+
+
+def forward(
+    config: LMConfig, params: dict, tokens: Array, *, segments: Array | None = None, adapter: Adapter | None = None
+) -> Array:
+    """Last hidden states `[B, T, H]` of whole sequences `[B, T]`.
+
+    Args:
+        segments: `[B, T]` which document each token belongs to when several are packed in a row; positions restart
+            with each and attention stays within. None: one document a row, and right padding is harmless.
+        adapter: rows' own low-rank updates, or None.
+    """
+    batch, length = tokens.shape
+    index = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    positions = index if segments is None else index - _segment_start(segments, index)
+    causal = index[:, :, None] >= index[:, None, :]
+    same = True if segments is None else segments[:, :, None] == segments[:, None, :]
+    hidden, _ = _decoder(config, params)(tokens, positions, positions, causal & same, None, index[:, 0], adapter)
+    return hidden
+
+
+def extend(
+    config: LMConfig,
+    params: dict,
+    cache: Cache,
+    tokens: Array,
+    start: Array,
+    *,
+    depth: Array | None = None,
+    visible: Array | None = None,
+    adapter: Adapter | None = None,
+) -> tuple[Array, Cache]:
+    """Reads a window behind a cache: hidden states `[B, T, H]` and the cache with the window's slots written.
+
+    Args:
+        tokens: `[B, T]` the window.
+        start: `[B]` tokens already cached; the window takes slots start..start+T-1, which must exist.
+        depth: `[B, T]` position of each window row after `start`; None for a chain, 0..T-1.
+        visible: `[B, T, T]` which window rows each row sees; None for a chain, all up to itself.
+        adapter: rows' own low-rank updates, or None.
+    """
+    width = tokens.shape[1]
+    row = jnp.arange(width)
+    positions = start[:, None] + (row[None] if depth is None else depth)
+    slot = jnp.arange(cache.slots)[None, None]
+    begin = start[:, None, None]
+    if visible is None:
+        mask = slot <= positions[:, :, None]
+        key_positions = jnp.broadcast_to(slot[0], (tokens.shape[0], cache.slots))
+    else:
+        inside = (slot >= begin) & (slot < begin + width)
+        offset = jnp.clip(slot - begin, 0, width - 1)
+        mask = (slot < begin) | (
+            inside & jnp.take_along_axis(visible, jnp.broadcast_to(offset, (*tokens.shape, cache.slots)), 2)
+        )
+        own = jnp.take_along_axis(positions, offset[:, 0], 1)
+        key_positions = jnp.where(inside[:, 0], own, slot[0])
+    return _decoder(config, params)(tokens, positions, key_positions, mask, cache, start, adapter)
+
+
+def unembed(config: LMConfig, params: dict, hidden: Array, vocab_size: int | None = None) -> Array:
+    """Next-token logits `[..., V]`, float32; V is the model's vocabulary or `vocab_size`, where padding differs."""
+    if config.tied:
+        logits = jnp.einsum("...h,vh->...v", hidden, params["embed"]["embedding"], preferred_element_type=jnp.float32)
+    else:
+        logits = jnp.einsum("...h,hv->...v", hidden, params["head"]["kernel"], preferred_element_type=jnp.float32)
+    missing = (vocab_size or config.vocab_size) - config.vocab_size
+    if missing <= 0:
+        return logits[..., :vocab_size]
+    return jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, missing)], constant_values=NEVER)
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> Array:
+    """Angles per position `[head_dim / 2]`, scaled as Llama 3 does where the config asks for it."""
+    inverse = 1.0 / rope.theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if rope.kind == "default":
+        return inverse
+    if rope.kind == "linear":
+        return inverse / rope.factor
+    turns = rope.original_positions * inverse / (2 * math.pi)
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = jnp.clip(smooth, 0.0, 1.0)
+    return (1 - smooth) * inverse / rope.factor + smooth * inverse
+
+
+def _segment_start(segments: Array, index: Array) -> Array:
+    first = jnp.concatenate([jnp.ones_like(segments[:, :1]), segments[:, 1:] != segments[:, :-1]], axis=1)
+    return jax.lax.cummax(jnp.where(first == 1, index, 0), axis=1)
+
+
+@lru_cache(maxsize=32)
+def _graph(config: LMConfig):
+    return nnx.split(nnx.eval_shape(lambda: _Decoder(config, nnx.Rngs(0))))[0]
+
+
+def _decoder(config: LMConfig, params: dict):
+    return nnx.merge(_graph(config), nnx.State(params))
+
+
+def _rotate(x: Array, positions: Array, frequencies: Array) -> Array:
+    angle = positions[..., None, None] * frequencies
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
+def _write(buffer: Array, new: Array, start: Array) -> Array:
+    put = lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (at, 0, 0))
+    if buffer.shape[0] == 1:
+        return put(buffer[0], new[0].astype(buffer.dtype), start[0])[None]
+    return jax.vmap(put)(buffer, new.astype(buffer.dtype), start)
+
+
+class _Norm(nnx.Module):
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...]
+
+
+class _Dense(nnx.Module):
+    def __init__(self, width_in: int, width_out: int, use_bias: bool):
+        self.kernel = nnx.Param(jnp.zeros((width_in, width_out)))
+        self.bias = nnx.Param(jnp.zeros(width_out)) if use_bias else None
+
+    def __call__(self, x: Array, update=None) -> Array:
+        y = x @ self.kernel[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y if update is None else y + low_rank(x, update)
+
+
+class _Attention(nnx.Module):
+    def __init__(self, config: LMConfig, layer: int):
+        heads, kv, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.q = _Dense(config.width, heads * dim, config.qkv_bias)
+        self.k = _Dense(config.width, kv * dim, config.qkv_bias)
+        self.v = _Dense(config.width, kv * dim, config.qkv_bias)
+        self.o = _Dense(heads * dim, config.width, config.output_bias)
+        self.q_norm = _Norm(dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = _Norm(dim, config.norm_eps) if config.qk_norm else None
+        self.config, self.window = config, config.window(layer)
+
+    def __call__(self, x, positions, key_positions, mask, cache, start, adapter):
+        config = self.config
+        split = lambda y, heads: y.reshape(*y.shape[:-1], heads, config.head_dim)
+        q = split(self.q(x, adapter.get("q")), config.num_heads)
+        k = split(self.k(x, adapter.get("k")), config.num_kv_heads)
+        v = split(self.v(x, adapter.get("v")), config.num_kv_heads)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        frequencies = rope_frequencies(config.rope, config.head_dim)
+        q, k = _rotate(q, positions, frequencies), _rotate(k, positions, frequencies)
+        if cache is not None:
+            k, v = _write(cache[0], k, start), _write(cache[1], v, start)
+        if self.window is not None:
+            mask = mask & (positions[:, :, None] - key_positions[:, None, :] < self.window)
+        mixed = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None])
+        return self.o(mixed.reshape(*x.shape[:-1], -1), adapter.get("o")), (k, v)
+
+
+class _MLP(nnx.Module):
+    def __init__(self, config: LMConfig):
+        self.gate = _Dense(config.width, config.mlp_width, config.mlp_bias)
+        self.up = _Dense(config.width, config.mlp_width, config.mlp_bias)
+        self.down = _Dense(config.mlp_width, config.width, config.mlp_bias)
+
+    def __call__(self, x, adapter):
+        inner = jax.nn.silu(self.gate(x, adapter.get("gate"))) * self.up(x, adapter.get("up"))
+        return self.down(inner, adapter.get("down"))
+
+
+class _Block(nnx.Module):
+    def __init__(self, config: LMConfig, layer: int):
+        self.attention_norm = _Norm(config.width, config.norm_eps)
+        self.attention = _Attention(config, layer)
+        self.mlp_norm = _Norm(config.width, config.norm_eps)
+        self.mlp = _MLP(config)
+
+    def __call__(self, x, positions, key_positions, mask, cache, start, adapter):
+        mixed, kept = self.attention(self.attention_norm(x), positions, key_positions, mask, cache, start, adapter)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x), adapter), kept
+
+
+class _Embed(nnx.Module):
+    def __init__(self, config: LMConfig):
+        self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.width)))
+
+
+class _Decoder(nnx.Module):
+    def __init__(self, config: LMConfig, rngs: nnx.Rngs):
+        del rngs
+        self.embed = _Embed(config)
+        self.layers = nnx.List([_Block(config, layer) for layer in range(config.num_layers)])
+        self.norm = _Norm(config.width, config.norm_eps)
+        self.head = None if config.tied else _Dense(config.width, config.vocab_size, False)
+
+    def __call__(self, tokens, positions, key_positions, mask, cache, start, adapter):
+        x = self.embed.embedding[...][tokens]
+        keys, values = [], []
+        for i, block in enumerate(self.layers):
+            own = None if cache is None else (cache.keys[i], cache.values[i])
+            x, (k, v) = block(x, positions, key_positions, mask, own, start, adapter[i] if adapter else {})
+            keys.append(k)
+            values.append(v)
+        return self.norm(x), Cache(tuple(keys), tuple(values))

@@ -1,0 +1,21 @@
+"""All stages in order: trace, partition, align, router, calibrate. A finished stage is skipped.
+
+python -m train --config configs/testbed.py --target DIR --draft DIR --prompts FILE_OR_FOLDER --out runs/mine
+"""
+
+import time
+
+from jaxspec.config import Experiment, command_line
+from train import align, calibrate, partition, router, trace
+
+
+def run(experiment: Experiment) -> None:
+    """Runs the pipeline; its result is the pool in `out/pool`."""
+    for stage in (trace, partition, align, router, calibrate):
+        start = time.time()
+        stage.run(experiment)
+        print(f"{stage.__name__}: {time.time() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    command_line(Experiment, run)

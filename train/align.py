@@ -1,0 +1,199 @@
+"""Aligns one LoRA adapter a task to the target's stored distributions, and `mixed`, the control that routing must beat.
+
+    python -m train.align --config configs/testbed.py --out runs/testbed ...
+
+The specialists are trained side by side; `mixed` sees the union for as many steps x tokens as all of them together, as
+LoRA of the bank's rank and as a full fine-tune, and the better on the calibrate split is kept. The target never runs.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxspec.adapters import init_bank, scaled
+from jaxspec.align import DIVERGENCES, Aligner, AlignState, Batch, aligner, optimiser, schedule
+from jaxspec.config import Experiment, command_line, plain
+from jaxspec.packing import as_batch, packed_rows, places
+from jaxspec.store.huggingface import Model, read_config, read_model
+from jaxspec.store.stages import finish, manifest, open_stage, read_arrays, write_json
+from jaxspec.store.traces import Traces, read_traces
+from jaxspec.store.trees import Checkpoints, write_tree
+from jaxspec.transformer import forward, unembed
+
+CALIBRATE_ROWS = 16
+
+
+class Course(NamedTuple):
+    """One training run: its name, the drafters trained side by side, where rows come from, and how long.
+
+    params: stacked `[D, ...]`; frozen: what all of them share; train, held: rows of each drafter.
+    """
+
+    name: str
+    aligner: Aligner
+    frozen: Any
+    params: Any
+    train: list[list[list[int]]]
+    held: list[list[list[int]]]
+    steps: int
+    rates: tuple[float, ...]
+
+
+def run(experiment: Experiment) -> None:
+    """Writes `out/align`: `bank.safetensors`, `mixed.safetensors`, `metrics.jsonl`."""
+    parents = {name: manifest(experiment.out, name)["digest"] for name in ("trace", "partition")}
+    config = {"align": plain(experiment.align), "dtype": experiment.dtype, "seed": experiment.seed}
+    stage = open_stage(experiment.out, "align", config=config, parents=parents)
+    if stage.complete:
+        return print(f"align: complete in {stage.folder}")
+    traces = read_traces(experiment.out)
+    partition = read_arrays(Path(experiment.out, "partition", "partition.npz"))
+    draft = read_model(experiment.draft, jnp.dtype(experiment.dtype))
+    vocab_size = read_config(experiment.target).vocab_size
+    courses = _courses(experiment, traces, partition, draft, vocab_size)
+    results = {course.name: _train(experiment, traces, course, stage.folder) for course in courses}
+    kept = max(("mixed_lora", "mixed_full"), key=lambda name: results[name]["agreement"])
+    scale = experiment.align.alpha / experiment.align.rank
+    write_tree(stage.folder / "bank.safetensors", scaled(results["bank"].pop("params"), scale))
+    lora, full = results["mixed_lora"].pop("params"), results["mixed_full"].pop("params")
+    mixed = scaled(lora, scale) if kept == "mixed_lora" else jax.tree.map(lambda x: x[0], full)
+    write_tree(stage.folder / "mixed.safetensors", mixed)
+    finish(stage, mixed=kept, **results)
+    for name, result in results.items():
+        said = f"agreement {result['before']:.3f} -> {result['agreement']:.3f}"
+        print(f"align: {name}: {said} on the calibrate split, learning rate {result['learning_rate']:g}")
+    print(f"align: mixed is {kept}")
+
+
+def _courses(experiment: Experiment, traces: Traces, partition: dict, draft: Model, vocab_size: int) -> list[Course]:
+    spec = experiment.align
+    task, split = partition["task"], partition["split"]
+    tasks = len(partition["centroids"])
+    lengths = [len(own) for own in traces.tokens]
+    key = jax.random.key(experiment.seed)
+
+    def rows(of: np.ndarray, number: int) -> list[list[int]]:
+        examples = of if len(of) else np.arange(len(task))  # an empty task trains on the union
+        return packed_rows(lengths, examples, number, spec.row_tokens, experiment.seed)
+
+    own = lambda name, t: np.flatnonzero((split == name) & (task == t))
+    union = lambda name: np.flatnonzero(split == name)
+    specialists = [rows(own(0, t), spec.steps * spec.rows) for t in range(tasks)]
+    everything = [rows(union(0), tasks * spec.steps * spec.rows)]
+    held = [rows(own(1, t), CALIBRATE_ROWS) for t in range(tasks)]
+    held_union = [[row for rows_of_task in held for row in rows_of_task]]
+    fresh = lambda number: init_bank(draft.params, key, tasks=number, rank=spec.rank)
+    masters = jax.tree.map(lambda x: x[None].astype(jnp.float32), draft.params)
+    lora = _aligner(experiment, partial(_lora_log_q, draft, spec.alpha / spec.rank, vocab_size))
+    full = _aligner(experiment, partial(_full_log_q, draft, vocab_size))
+    long = tasks * spec.steps
+    return [
+        Course("bank", lora, draft.params, fresh(tasks), specialists, held, spec.steps, spec.learning_rates),
+        Course("mixed_lora", lora, draft.params, fresh(1), everything, held_union, long, spec.learning_rates),
+        Course("mixed_full", full, (), masters, everything, held_union, long, spec.full_learning_rates),
+    ]
+
+
+def _aligner(experiment: Experiment, log_q: Callable) -> Aligner:
+    return aligner(log_q, DIVERGENCES[experiment.align.divergence], optimiser())
+
+
+def _lora_log_q(draft: Model, scale: float, vocab_size: int, frozen, adapter, tokens, segments, at):
+    return _log_q(draft, vocab_size, frozen, scaled(adapter, scale), tokens, segments, at)
+
+
+def _full_log_q(draft: Model, vocab_size: int, frozen, params, tokens, segments, at):
+    del frozen
+    weights = jax.tree.map(lambda master, leaf: master.astype(leaf.dtype), params, draft.params)
+    return _log_q(draft, vocab_size, weights, None, tokens, segments, at)
+
+
+def _log_q(draft: Model, vocab_size: int, weights, adapter, tokens, segments, at):
+    hidden = forward(draft.config, weights, tokens, segments=segments, adapter=adapter)
+    hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
+    return jax.nn.log_softmax(unembed(draft.config, weights, hidden, vocab_size), axis=-1)
+
+
+def _train(experiment: Experiment, traces: Traces, course: Course, folder: Path) -> dict:
+    """Chooses the learning rate, trains, and says what the calibrate split thinks of it; resumes where it was killed."""
+    spec = experiment.align
+    room = places(traces, [row for rows in [*course.train, *course.held] for row in rows], spec.row_tokens)
+    side_by_side = jax.jit(partial(_each, course.aligner.step), donate_argnums=1)
+    evaluate = jax.jit(partial(_each_evaluate, course.aligner.evaluate))
+    as_rows = partial(_stack, traces, row_tokens=spec.row_tokens, room=room)
+    held = [as_rows(course.held, at, spec.rows) for at in range(0, len(course.held[0]), spec.rows)]
+
+    def judge(params) -> tuple[float, float]:
+        sums = np.sum([jax.device_get(evaluate(course.frozen, params, batch)) for batch in held], axis=0)
+        divergence, agreement, count = sums  # [D] each
+        return float((divergence / count).mean()), float((agreement / count).mean())
+
+    def advance(state: AlignState, step: int, steps: int, rate: float):
+        batch = as_rows(course.train, step * spec.rows, spec.rows)
+        return side_by_side(course.frozen, state, batch, schedule(step, steps, rate, spec.warmup))
+
+    before = judge(course.params)
+    rate = _choose_rate(course, spec.search_steps, advance, judge, folder)
+    checkpoints = Checkpoints(folder / "checkpoints" / course.name)
+    done, state = checkpoints.latest(_fresh(course))
+    with open(folder / "metrics.jsonl", "a") as log, tqdm(total=course.steps, initial=done, desc=course.name) as bar:
+        for step in range(done, course.steps):
+            state, metrics = advance(state, step, course.steps, rate)
+            if (step + 1) % 10 == 0 or step + 1 == course.steps:
+                said = {name: [round(float(x), 4) for x in value] for name, value in metrics.items()}
+                log.write(json.dumps({"course": course.name, "step": step + 1, **said}) + "\n")
+                bar.set_postfix(loss=f"{np.mean(said['loss']):.3f}", agreement=f"{np.mean(said['agreement']):.3f}")
+            if (step + 1) % spec.checkpoint_every == 0:
+                checkpoints.save(step + 1, state)
+            bar.update()
+    checkpoints.close()
+    divergence, agreement = judge(state.params)
+    figures = {"before": before[1], "agreement": agreement, "divergence": divergence, "learning_rate": rate}
+    return {**figures, "steps": course.steps, "params": state.params}
+
+
+def _choose_rate(course: Course, steps: int, advance, judge, folder: Path) -> float:
+    """The candidate whose short run of its own schedule leaves the smallest divergence on the calibrate split."""
+    file = folder / f"rate-{course.name}.json"
+    if file.exists():
+        return json.loads(file.read_text())["chosen"]
+    if len(course.rates) == 1:
+        return course.rates[0]
+    scores = {}
+    for rate in tqdm(course.rates, desc=f"{course.name}: learning rate", leave=False):
+        state = _fresh(course)
+        for step in range(min(steps, course.steps)):
+            state, _ = advance(state, step, steps, rate)
+        scores[rate] = judge(state.params)[0]
+    chosen = min(scores, key=scores.__getitem__)
+    write_json(file, {"chosen": chosen, "divergence": {str(rate): score for rate, score in scores.items()}})
+    return chosen
+
+
+def _fresh(course: Course) -> AlignState:
+    return jax.vmap(course.aligner.init)(jax.tree.map(jnp.copy, course.params))
+
+
+def _each(step: Callable, frozen, state: AlignState, batch: Batch, rate):
+    """One step of every drafter, one after the other, so that memory does not grow with their number."""
+    return jax.lax.map(lambda own: step(frozen, own[0], own[1], rate), (state, batch))
+
+
+def _each_evaluate(evaluate: Callable, frozen, params, batch: Batch):
+    return jax.lax.map(lambda own: evaluate(frozen, own[0], own[1]), (params, batch))
+
+
+def _stack(traces: Traces, rows: Sequence[list], start: int, number: int, *, row_tokens: int, room: int) -> Batch:
+    batches = [as_batch(traces, own[start : start + number], row_tokens, room) for own in rows]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+
+if __name__ == "__main__":
+    command_line(Experiment, run)

@@ -1,0 +1,137 @@
+"""Measures how many tokens to draft on this device, and puts the pool together.
+
+    python -m train.calibrate --config configs/testbed.py --out runs/testbed ...
+
+The calibrate split is decoded, routed, greedily and one prompt at a time, with each number of drafted tokens; passes
+interleave, and the number with the most tokens per second is the pool's.
+"""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxspec import metrics, serving
+from jaxspec.config import Experiment, UserError, command_line, plain
+from jaxspec.generate import MAX_DRAFT, Request
+from jaxspec.store.models import read_pair
+from jaxspec.store.pool import BANK, MIXED, POINTS, ROUTER, TEST, load_pool
+from jaxspec.store.stages import Stage, finish, manifest, open_stage, read_arrays, write_arrays, write_whole
+from jaxspec.store.traces import Traces, read_traces
+
+
+def run(experiment: Experiment) -> None:
+    """Writes `out/pool`."""
+    parents = {name: manifest(experiment.out, name)["digest"] for name in ("trace", "partition", "align", "router")}
+    config = {"calibrate": plain(experiment.calibrate), "dtype": experiment.dtype, "seed": experiment.seed}
+    stage = open_stage(experiment.out, "pool", config=config, parents=parents)
+    if stage.complete:
+        return print(f"calibrate: pool complete in {stage.folder}")
+    if max(experiment.calibrate.lengths) > MAX_DRAFT or min(experiment.calibrate.lengths) < 1:
+        raise UserError(f"calibrate.lengths {experiment.calibrate.lengths} must lie between 1 and {MAX_DRAFT}")
+    traces = read_traces(experiment.out)
+    partition = read_arrays(Path(experiment.out, "partition", "partition.npz"))
+    facts = _facts(experiment, traces, partition)
+    _assemble(experiment, stage, traces, partition)
+    table = _measure(experiment, stage, facts, traces, partition)
+    best = max(table, key=lambda k: table[k]["tokens_per_second"])
+    finish(stage, **facts, calibration=table, num_speculative_tokens=best)
+    for k, row in table.items():
+        print(
+            f"calibrate: K = {k}: {row['tokens_per_second']:.1f} tokens/s, draft accuracy {row['draft_accuracy']:.3f}"
+        )
+    print(f"calibrate: K = {best}; pool in {stage.folder}")
+
+
+def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
+    """What the pool's manifest says; all of it is needed to decode with the pool elsewhere."""
+    pair = read_pair(experiment.target, experiment.draft, experiment.dtype)
+    tasks = len(partition["centroids"])
+    align = manifest(experiment.out, "align")["results"]
+    model = lambda own: {"path": str(Path(own.path).resolve()), "digest": own.digest}
+    return {
+        "target": model(pair.target),
+        "draft": model(pair.draft),
+        "tokenizer": pair.fingerprint,
+        "dtype": experiment.dtype,
+        "tasks": [f"task {t}" for t in range(tasks)],
+        "labels": _labels(traces, partition, tasks),
+        "sizes": np.bincount(partition["task"], minlength=tasks).tolist(),
+        "include": list(experiment.include),
+        "rank": experiment.align.rank,
+        "mixed": align["mixed"],
+        "router_hidden": experiment.router.hidden,
+        "fallback_below": experiment.router.fallback_below,
+        "max_new_tokens": experiment.trace.max_new_tokens,
+        "max_prompt_tokens": experiment.trace.max_prompt_tokens,
+    }
+
+
+def _labels(traces: Traces, partition: dict, tasks: int) -> list[str | None]:
+    """Each cluster's majority label, for measuring; None where the log has none."""
+    counts = [Counter() for _ in range(tasks)]
+    for line, task in zip(traces.log, partition["task"], strict=True):
+        if line["task"] is not None:
+            counts[task][line["task"]] += 1
+    return [own.most_common(1)[0][0] if own else None for own in counts]
+
+
+def _assemble(experiment: Experiment, stage: Stage, traces: Traces, partition: dict) -> None:
+    for parent, name in (("align", BANK), ("align", MIXED), ("router", ROUTER)):
+        source = Path(experiment.out, parent, name)
+        write_whole(stage.folder / name, lambda part, source=source: shutil.copyfile(source, part))
+    test = [
+        json.dumps({**line, "cluster": int(task)})
+        for line, task, split in zip(traces.log, partition["task"], partition["split"], strict=True)
+        if split == 2
+    ]
+    write_whole(stage.folder / TEST, lambda part: part.write_text("\n".join(test) + "\n", encoding="utf-8"))
+    rows = np.random.default_rng(experiment.seed).permutation(len(traces.log))[:1000]
+    centred = traces.features["prompt"] - traces.features["prompt"].mean(0)
+    axes = np.linalg.svd(centred[rows], full_matrices=False)[2][:2]
+    labels = np.array([traces.log[i]["task"] or "" for i in rows])
+    points = {"points": centred[rows] @ axes.T, "cluster": partition["task"][rows], "label": labels}
+    write_arrays(stage.folder / POINTS, points)
+
+
+def _measure(experiment: Experiment, stage: Stage, facts: dict, traces: Traces, partition: dict) -> dict[int, dict]:
+    spec = experiment.calibrate
+    pool = load_pool(stage.folder, facts, digest="not yet calibrated")
+    rows = np.flatnonzero(partition["split"] == 1)
+    rows = np.random.default_rng(experiment.seed).permutation(rows)[: spec.prompts]
+    requests = [
+        Request(
+            ids=tuple(traces.tokens[i][: traces.prompt_length[i]].tolist()),
+            max_new_tokens=spec.max_new_tokens,
+            number=int(i),
+        )
+        for i in rows
+    ]
+    programs = {k: serving.speculative(pool, k, sampled=False) for k in spec.lengths}
+    method = serving.routed(pool)
+    seconds: dict[int, list[float]] = {k: [] for k in spec.lengths}
+    counts: dict[int, list] = {}
+    with tqdm(total=(spec.passes + 1) * len(programs), desc="calibrate", unit="pass") as bar:
+        for number in range(spec.passes + 1):  # the first pass compiles and does not count
+            for k, program in programs.items():
+                timed = [
+                    serving.answer(pool, program, method, [r], batch=1, budget=spec.max_new_tokens) for r in requests
+                ]
+                counts[k] = [row.counts for t in timed for row in t.completions]
+                if number:
+                    seconds[k].append(sum(t.prefill_seconds + t.route_seconds + t.decode_seconds for t in timed))
+                bar.update()
+    return {k: _row(counts[k], min(seconds[k])) for k in spec.lengths}
+
+
+def _row(counts: list, seconds: float) -> dict:
+    figures = metrics.measures(metrics.total(counts))
+    keep = {name: figures[name] for name in ("draft_accuracy", "mean_acceptance_length")}
+    return {"tokens_per_second": figures["tokens"] / seconds, **keep}
+
+
+if __name__ == "__main__":
+    command_line(Experiment, run)

@@ -1,0 +1,278 @@
+"""Replays the log through base speculative decoding and keeps what the later stages need.
+
+    python -m train.trace --config configs/testbed.py --target ... --draft ... --prompts ... --out runs/testbed
+
+For every prompt: its tokens and the target's output, what the base drafter proposed and whether it was accepted, the
+target's pooled features, and its largest probabilities with the tail's mass for every emitted token. One shard a batch;
+a killed run goes on with the first batch that has no shard.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxspec import verify
+from jaxspec.config import Experiment, UserError, command_line, plain
+from jaxspec.drafters import lm_drafter
+from jaxspec.drafters.lm import LMDrafterParams
+from jaxspec.generate import Recorder, Request, bucket_of, complete, decoder, group, pool_features
+from jaxspec.store.models import Pair, encode, read_pair
+from jaxspec.store.prompts import Line, read_prompts
+from jaxspec.store.stages import Stage, digest_of, finish, open_stage, write_arrays, write_whole
+from jaxspec.target import lm_target
+from jaxspec.transformer import forward, unembed
+
+ARRAYS = ("top_ids", "top_log_p", "tail_log_p", "draft")
+
+
+def run(experiment: Experiment) -> None:
+    """Writes `out/trace`: `log.jsonl` and one `shard-*.npz` a batch."""
+    pair = read_pair(experiment.target, experiment.draft, experiment.dtype)
+    lines = read_prompts(experiment.prompts, include=experiment.include, limit=experiment.limit, seed=experiment.seed)
+    stage = _open(experiment, pair, lines)
+    if stage.complete:
+        return print(f"trace: complete in {stage.folder}")
+    lines, requests, left_out = _fitting(experiment, pair, lines)
+    write_whole(stage.folder / "log.jsonl", partial(_write_log, lines=lines))
+    forced = [experiment.trace.use_responses and line.response is not None for line in lines]
+    jobs = _jobs(requests, forced, experiment.trace.batch)
+    decode = _decoding(experiment, pair)
+    read = _reading(experiment, pair)
+    tokens = 0
+    with tqdm(total=len(lines), desc="trace", unit="prompt") as bar:
+        for number, (is_forced, rows) in enumerate(jobs):
+            file = stage.folder / f"shard-{number:05d}.npz"
+            if not file.exists():
+                own = [requests[i] for i in rows]
+                arrays = read(own, [_response(pair, lines[i]) for i in rows]) if is_forced else decode(own)
+                write_arrays(file, {"row": np.array(rows), **arrays})
+                tokens += int((arrays["length"] - arrays["prompt_length"]).sum())
+            bar.update(len(rows))
+            bar.set_postfix(tokens=tokens)
+    finish(stage, prompts=len(lines), left_out=left_out, shards=len(jobs))
+    if left_out:
+        print(f"trace: {left_out} prompts longer than trace.max_prompt_tokens were left out")
+
+
+def _open(experiment: Experiment, pair: Pair, lines: Sequence[Line]) -> Stage:
+    said = digest_of([[line.id, line.messages, line.response] for line in lines])
+    parents = {"target": pair.target.digest, "draft": pair.draft.digest, "prompts": said}
+    config = {"trace": plain(experiment.trace), "dtype": experiment.dtype, "seed": experiment.seed}
+    return open_stage(experiment.out, "trace", config=config, parents=parents)
+
+
+def _fitting(experiment: Experiment, pair: Pair, lines: Sequence[Line]):
+    """Lines whose prompt fits, their requests, and how many do not."""
+    spec = experiment.trace
+    if spec.max_prompt_tokens + spec.max_new_tokens > pair.longest:
+        raise UserError(
+            f"trace.max_prompt_tokens {spec.max_prompt_tokens} and trace.max_new_tokens {spec.max_new_tokens} exceed "
+            f"the models' {pair.longest} positions; lower one of them"
+        )
+    ids = [encode(pair.tokenizer, line) for line in lines]
+    fits = [i for i, own in enumerate(ids) if 0 < len(own) <= spec.max_prompt_tokens]
+    if not fits:
+        raise UserError(f"no prompt of {len(lines)} fits trace.max_prompt_tokens {spec.max_prompt_tokens}; raise it")
+    requests = [
+        Request(
+            ids=ids[i],
+            max_new_tokens=spec.max_new_tokens,
+            number=i,
+            seed=experiment.seed,
+            temperature=spec.temperature,
+        )
+        for i in fits
+    ]
+    return [lines[i] for i in fits], requests, len(lines) - len(fits)
+
+
+def _jobs(requests: Sequence[Request], forced: Sequence[bool], batch: int) -> list[tuple[bool, list[int]]]:
+    jobs = []
+    for kind in (False, True):
+        rows = [i for i, is_forced in enumerate(forced) if is_forced == kind]
+        jobs += [(kind, [rows[i] for i in part]) for part in group([requests[i] for i in rows], batch)]
+    return jobs
+
+
+def _response(pair: Pair, line: Line) -> list[int]:
+    ids = pair.tokenizer(line.response, add_special_tokens=False)["input_ids"]
+    return [*ids, *pair.stop_tokens[:1]]
+
+
+def _decoding(experiment: Experiment, pair: Pair):
+    """requests -> arrays, by speculative decoding with the base drafter."""
+    spec = experiment.trace
+    dtype = jnp.dtype(experiment.dtype)
+    drafter = lm_drafter(pair.draft.config, spec.num_speculative_tokens, vocab_size=pair.vocab_size, dtype=dtype)
+    law = verify.greedy if spec.temperature == 0 else verify.rejection
+    recorder = recording(
+        spec.max_new_tokens + spec.num_speculative_tokens + 1, spec.top_logits, pair.target.config.width
+    )
+    programs = decoder(
+        lm_target(pair.target.config, dtype), drafter, law, stop_tokens=pair.stop_tokens, recorder=recorder
+    )
+
+    def decode(requests: Sequence[Request]) -> dict[str, np.ndarray]:
+        done = complete(
+            programs,
+            requests,
+            target_params=pair.target.params,
+            drafter_params=lambda route: LMDrafterParams(pair.draft.params),
+            route=lambda features, rows: np.full(len(features), -1),
+            batch=spec.batch,
+            budget=spec.max_new_tokens,
+            vocab_size=pair.vocab_size,
+        )
+        outputs = [c.ids for c in done.completions]
+        record = jax.tree.map(lambda leaf: leaf[: len(requests)], done.record)
+        arrays = _texts(requests, outputs, spec.max_new_tokens)
+        arrays |= {name: record[name][:, : spec.max_new_tokens] for name in ARRAYS}
+        counts = [c.counts for c in done.completions]
+        arrays["drafted"] = np.array([c.drafted_by_position.sum() for c in counts])
+        arrays["accepted"] = np.array([c.accepted_by_position.sum() for c in counts])
+        summed = record["features"] / np.maximum([[len(o)] for o in outputs], 1)
+        arrays["output_features"] = _unit(summed)
+        arrays["prompt_features"] = done.features[: len(requests)]
+        return arrays | {"draft_features": _bag(pair.target.params, arrays["draft"])}
+
+    return decode
+
+
+def recording(room: int, top: int, width: int) -> Recorder:
+    """Keeps, for every emitted token, the target's `top` largest log-probabilities with the tail's, and the draft there.
+
+    Buffers are `[B, room, ...]`, indexed by output position; `features` is the sum of the hidden states behind them.
+    """
+
+    def init(prompt):
+        batch = prompt.length.shape[0]
+        zeros = lambda *shape, dtype=jnp.float32: jnp.zeros((batch, *shape), dtype)
+        return {
+            "origin": jnp.asarray(prompt.length),
+            "top_ids": zeros(room, top, dtype=jnp.int32),
+            "top_log_p": zeros(room, top),
+            "tail_log_p": zeros(room),
+            "draft": jnp.full((batch, room), -1, jnp.int32),
+            "features": zeros(width),
+        }
+
+    def fold(record, info):
+        verdict = info.verdict
+        offset = info.start - record["origin"]
+        real = jnp.arange(verdict.tokens.shape[1]) < verdict.num_emitted[:, None]
+        along = lambda x: jnp.take_along_axis(x, verdict.path[..., None], axis=1)
+        top_ids, top_log_p, tail = top_and_tail(along(info.scores.logits), top)
+        drafted = jnp.pad(info.draft.tokens, ((0, 0), (0, 1)), constant_values=-1)
+        there = jnp.arange(drafted.shape[1]) < info.num_drafted[:, None]
+        new = {"top_ids": top_ids, "top_log_p": top_log_p, "tail_log_p": tail, "draft": jnp.where(there, drafted, -1)}
+        out = {name: _place(record[name], value, offset, real) for name, value in new.items()}
+        hidden = jnp.where(real[..., None], along(info.scores.features).astype(jnp.float32), 0.0)
+        return out | {"origin": record["origin"], "features": record["features"] + hidden.sum(1)}
+
+    return Recorder(init, fold)
+
+
+def top_and_tail(logits: jax.Array, top: int):
+    """The `top` largest log-probabilities with their ids, and the log-mass of all the others."""
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    kept, ids = jax.lax.top_k(log_p, top)
+    tail = jnp.log1p(-jnp.minimum(jnp.exp(kept).sum(-1), 1 - 1e-7))
+    return ids, kept, tail
+
+
+def _place(buffer, value, offset, real):
+    def put(row, new, at, keep):
+        there = jax.lax.dynamic_slice_in_dim(row, at, new.shape[0])
+        keep = keep.reshape(keep.shape + (1,) * (new.ndim - 1))
+        return jax.lax.dynamic_update_slice_in_dim(row, jnp.where(keep, new, there), at, 0)
+
+    return jax.vmap(put)(buffer, value, offset, real)
+
+
+def _reading(experiment: Experiment, pair: Pair):
+    """(requests, responses) -> arrays, by one teacher-forced pass of both models: the log's responses taken as output."""
+    spec = experiment.trace
+    target, draft = pair.target.config, pair.draft.config
+
+    @partial(jax.jit, static_argnames="room")
+    def score(target_params, draft_params, tokens, prompt_length, length, room):
+        hidden = forward(target, target_params, tokens)
+        at = jnp.minimum(prompt_length[:, None] - 1 + jnp.arange(room), tokens.shape[1] - 1)
+        along = lambda x: jnp.take_along_axis(x, at[..., None], axis=1)
+        top = top_and_tail(unembed(target, target_params, along(hidden)), spec.top_logits)
+        guess = unembed(draft, draft_params, along(forward(draft, draft_params, tokens)), pair.vocab_size)
+        answered = (jnp.arange(room) < (length - prompt_length)[:, None])[..., None]
+        summed = jnp.where(answered, along(hidden).astype(jnp.float32), 0.0).sum(1)
+        return (*top, jnp.argmax(guess, -1), pool_features(hidden, prompt_length), summed)
+
+    def read(requests: Sequence[Request], responses: Sequence[list[int]]) -> dict[str, np.ndarray]:
+        room = spec.max_new_tokens
+        responses = [r[:room] for r in responses]
+        arrays = _texts(requests, responses, room)
+        whole = np.zeros((spec.batch, bucket_of(max(len(r.ids) for r in requests)) + room), np.int32)
+        whole[: len(requests), : arrays["tokens"].shape[1]] = arrays["tokens"]
+        pad = lambda x: np.pad(x, (0, spec.batch - len(requests)), constant_values=1)
+        lengths = pad(arrays["prompt_length"]), pad(arrays["length"])
+        out = jax.device_get(score(pair.target.params, pair.draft.params, whole, *lengths, room))
+        ids, kept, tail, guess, prompt_features, summed = (x[: len(requests)] for x in out)
+        arrays |= {"top_ids": ids, "top_log_p": kept, "tail_log_p": tail}
+        arrays |= _simulate(guess, responses, spec.num_speculative_tokens)
+        arrays["prompt_features"] = prompt_features
+        arrays["output_features"] = _unit(summed)
+        return arrays | {"draft_features": _bag(pair.target.params, arrays["draft"])}
+
+    return read
+
+
+def _simulate(guess: np.ndarray, outputs: Sequence[list[int]], k: int) -> dict[str, np.ndarray]:
+    """Greedy chain drafting along given outputs: what was proposed where (-1: nothing), drafted and accepted counts."""
+    draft = np.full(guess.shape, -1, np.int32)
+    drafted, accepted = np.zeros(len(outputs), np.int64), np.zeros(len(outputs), np.int64)
+    for row, output in enumerate(outputs):
+        at = 0
+        while at < len(output):
+            block = range(at, min(at + k, len(output)))
+            run = next((n for n, i in enumerate(block) if guess[row, i] != output[i]), len(block))
+            upto = min(run + 1, len(block))
+            draft[row, at : at + upto] = guess[row, at : at + upto]
+            drafted[row] += len(block)
+            accepted[row] += run
+            at += run + 1
+    return {"draft": draft, "drafted": drafted, "accepted": accepted}
+
+
+def _texts(requests: Sequence[Request], outputs: Sequence[list[int]], room: int) -> dict[str, np.ndarray]:
+    width = max(len(r.ids) for r in requests) + room
+    tokens = np.zeros((len(requests), width), np.int32)
+    for i, (request, output) in enumerate(zip(requests, outputs, strict=True)):
+        tokens[i, : len(request.ids) + len(output)] = [*request.ids, *output]
+    prompt_length = np.array([len(r.ids) for r in requests], np.int32)
+    length = prompt_length + np.array([len(o) for o in outputs], np.int32)
+    return {"tokens": tokens, "prompt_length": prompt_length, "length": length}
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
+
+
+def _bag(target_params: dict, draft: np.ndarray) -> np.ndarray:
+    """The base draft as a unit vector: the mean of the target's embeddings of the proposed tokens."""
+    table = np.asarray(target_params["embed"]["embedding"], np.float32)
+    proposed = (draft >= 0)[..., None]
+    return _unit((table[np.maximum(draft, 0)] * proposed).sum(1))
+
+
+def _write_log(file: Path, lines: Sequence[Line]) -> None:
+    with open(file, "w", encoding="utf-8") as handle:
+        for line in lines:
+            handle.write(json.dumps({"id": line.id, "messages": line.messages, "task": line.task}) + "\n")
+
+
+if __name__ == "__main__":
+    command_line(Experiment, run)
