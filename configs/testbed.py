@@ -13,7 +13,7 @@ experiment = Experiment(
         "dialogue_state",
         "chat",
     ),
-    limit=600,
-    trace=Trace(batch=32, max_prompt_tokens=384, use_responses=False),
-    align=Align(rank=16),
+    limit=450,
+    trace=Trace(batch=16, max_prompt_tokens=384, max_new_tokens=64, num_speculative_tokens=2, use_responses=False),
+    align=Align(rank=32, alpha=32.0, steps=120, rows=8, search_steps=12, learning_rates=(2e-3, 5e-3, 1e-2)),
 )

@@ -15,6 +15,8 @@ from jaxspec.config import UserError
 from jaxspec.store import encoders
 from jaxspec.store.encoders import BERT_FAMILIES, embed
 
+torch.set_num_threads(1)  # torch's threads spin, and on a shared machine wait for each other
+
 H, LAYERS, POSITIONS = 24, 2, 60
 SPECIAL = {"bert": ("[PAD]", "[CLS]", "[SEP]", "[UNK]"), "roberta": ("<s>", "<pad>", "</s>", "<unk>")}
 WORDS = [f"w{i}" for i in range(40)]

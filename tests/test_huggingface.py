@@ -14,8 +14,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxspec.config import UserError
-from jaxspec.store.huggingface import FAMILIES, read_model, write_model
+from jaxspec.store.huggingface import FAMILIES, named_tensors, read_model, write_model
 from jaxspec.transformer import LMConfig, Rope, abstract, empty_cache, extend, forward, rope_frequencies, unembed
+
+torch.set_num_threads(1)  # torch's threads spin, and on a shared machine wait for each other
 
 V, H, LAYERS, T, WINDOW = 61, 32, 2, 24, 8
 SHAPE = {
@@ -130,12 +132,15 @@ def test_a_sharded_checkpoint_is_read_whole(saved, tmp_path):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_bfloat16_checkpoints_are_read_exactly(tmp_path, dtype):
     model = torch_model("biased").to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "narrow")
-    model.float().save_pretrained(tmp_path / "wide")
-    narrow = read_model(str(tmp_path / "narrow"), dtype).params
-    assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {jnp.dtype(dtype)}
-    widened = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
-    assert_equal_trees(widened, read_model(str(tmp_path / "wide")).params)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.view(-1)[:2] = torch.tensor([1e30, -1e-30])  # no other type of 16 bits holds these
+    model.save_pretrained(tmp_path)
+    written = {name: weight.float().numpy() for name, weight in model.state_dict().items()}
+    config, params, *_ = read_model(str(tmp_path), dtype)
+    for name, leaf, transpose in named_tensors(config, params):
+        assert leaf.dtype == dtype
+        np.testing.assert_array_equal(leaf.astype(jnp.float32), written[name].T if transpose else written[name])
 
 
 def assert_equal_trees(ours, theirs):
@@ -177,8 +182,8 @@ def test_a_padded_vocabulary_has_no_probability(tied):
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
         ({"hidden_size": "wide"}, "config.json.*hidden_size"),
-        ({"intermediate_size": 40}, r"mlp|gate_proj.*shape"),
-        ({"attention_bias": True}, "q_proj.bias is missing|bias is missing"),
+        ({"intermediate_size": 40}, r"mlp\.\w+_proj\.weight has shape"),
+        ({"attention_bias": True}, r"self_attn\.\w_proj\.bias is missing"),
     ],
 )
 def test_an_unsupported_config_is_refused_by_name(llama, change, named):
@@ -192,7 +197,7 @@ def test_a_missing_shard_is_named(tmp_path):
     torch_model("llama2").save_pretrained(tmp_path, max_shard_size="12KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(UserError, match=shard.name):
+    with pytest.raises(UserError, match=f"names {shard.name}, which is not there"):
         read_model(str(tmp_path))
 
 
@@ -200,7 +205,7 @@ def test_a_missing_shard_is_named(tmp_path):
 def test_a_truncated_file_is_named(llama, kept):
     file = llama / "model.safetensors"
     file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
-    with pytest.raises(UserError, match="model.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         read_model(str(llama))
 
 
@@ -208,7 +213,7 @@ def test_a_missing_tensor_is_named(llama):
     tensors = load_file(llama / "model.safetensors")
     del tensors["model.layers.1.self_attn.k_proj.weight"]
     save_file(tensors, llama / "model.safetensors")
-    with pytest.raises(UserError, match="model.layers.1.self_attn.k_proj.weight is missing"):
+    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.k_proj\.weight is missing"):
         read_model(str(llama))
 
 
@@ -226,7 +231,7 @@ def test_a_pickle_is_refused_unopened(llama):
     mark = llama / "opened"
     (llama / "model.safetensors").unlink()
     (llama / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
-    with pytest.raises(UserError, match="pytorch_model.bin is a pickle"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle"):
         read_model(str(llama))
     assert not mark.exists()
 

@@ -27,7 +27,7 @@ from jaxspec.store.traces import Traces, read_traces
 from jaxspec.store.trees import Checkpoints, write_tree
 from jaxspec.transformer import forward, unembed
 
-CALIBRATE_ROWS = 16
+CALIBRATE_ROWS = 8
 
 
 class Course(NamedTuple):
