@@ -15,5 +15,13 @@ experiment = Experiment(
     ),
     limit=450,
     trace=Trace(batch=16, max_prompt_tokens=384, max_new_tokens=64, num_speculative_tokens=2, use_responses=False),
-    align=Align(rank=32, alpha=32.0, steps=120, rows=8, search_steps=12, learning_rates=(2e-3, 5e-3, 1e-2)),
+    align=Align(
+        rank=32,
+        alpha=32.0,
+        steps=120,
+        rows=4,
+        search_steps=15,
+        learning_rates=(2e-3, 5e-3),
+        full_learning_rates=(3e-4, 1e-3),
+    ),
 )

@@ -52,6 +52,8 @@ class Bench:
     """Any of autoregressive, base, mixed, routed, random, wrong, oracle."""
     batch: int = 1
     """Prompts decoded together."""
+    smallest_bucket: int = 64
+    """Prompts are padded to at least so many tokens; a large value means fewer programs to compile."""
     passes: int = 3
     """Timed passes over all prompts."""
     max_new_tokens: int = 96
@@ -97,7 +99,7 @@ def run(config: Bench) -> None:
     _check(config)
     pool = read_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype)
     asks = _asks(config, pool)
-    batches = [(task, rows) for task, rows in _batches(asks, config.batch)]
+    batches = list(_batches(asks, config))
     k = config.num_speculative_tokens or pool.facts["num_speculative_tokens"]
     sampled = config.temperature > 0
     spec = serving.speculative(pool, k, sampled=sampled)
@@ -134,7 +136,13 @@ class Work(NamedTuple):
         self.current[:] = rows
         requests = [dataclasses.replace(self.asks[i].request, **changes) for i in rows]
         return serving.answer(
-            self.pool, program, method, requests, batch=self.config.batch, budget=self.config.max_new_tokens
+            self.pool,
+            program,
+            method,
+            requests,
+            batch=self.config.batch,
+            budget=self.config.max_new_tokens,
+            smallest=self.config.smallest_bucket,
         )
 
     def warm_up(self, programs: dict[str, Decoder], methods: dict[str, Method]) -> None:
@@ -142,7 +150,7 @@ class Work(NamedTuple):
         seen = set()
         for _, rows in tqdm(self.batches, desc="warm-up", leave=False):
             for name, method in methods.items():
-                bucket = bucket_of(max(len(self.asks[i].request.ids) for i in rows))
+                bucket = bucket_of(max(len(self.asks[i].request.ids) for i in rows), self.config.smallest_bucket)
                 kind = (name, bucket, self.asks[rows[0]].oracle)
                 if kind not in seen:
                     seen.add(kind)
@@ -230,12 +238,12 @@ def _oracle(pool: Pool, line: Line) -> int:
     return line.settings.get("cluster", BASE)
 
 
-def _batches(asks: Sequence[Ask], batch: int):
+def _batches(asks: Sequence[Ask], config: Bench):
     by_task: dict[str, list[int]] = defaultdict(list)
     for i, ask in enumerate(asks):
         by_task[ask.task].append(i)
     for task, rows in by_task.items():
-        for part in group([asks[i].request for i in rows], batch):
+        for part in group([asks[i].request for i in rows], config.batch, config.smallest_bucket):
             yield task, [rows[i] for i in part]
 
 
@@ -405,7 +413,7 @@ def _router(pool: Pool, asks, batches, heard, passes, number: int) -> dict | Non
     first = [t.prefill_seconds + t.route_seconds for t in timed]
     tasks = sorted({ask.task for ask in asks})
     counts = [
-        [sum(asks[i].task == task and route[i] == t for i in range(len(asks))) for t in _columns(pool)]
+        [sum(ask.task == task and int(route[i]) == t for i, ask in enumerate(asks)) for t in _columns(pool)]
         for task in tasks
     ]
     return {

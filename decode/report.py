@@ -50,6 +50,8 @@ MEASURES = {
     "prefill_seconds": ("Seconds of prefill", 2),
     "decode_seconds": ("Seconds of decoding", 2),
 }
+# What a part must hold as lists, if it is there.
+NEEDED = {"confusion": ("tasks", "drafters", "counts"), "clusters": ("points", "cluster", "names")}
 CONDITIONS = {"device": "", "dtype": "", "batch": "batch ", "num_speculative_tokens": "K = "}
 CONDITIONS |= {"temperature": "temperature ", "commit": "commit "}
 SETTINGS = {"pool": "pool ", "autoregressive_width": "autoregressive baseline of width "}
@@ -101,7 +103,35 @@ def load(path: Path) -> Bench:
     schema = bench.get("schema") if isinstance(bench, dict) else None
     if schema != 1:
         raise UserError(f"--bench {path} has schema {schema!r}, only 1 can be read; run decode.bench again")
+    _check_parts(path, bench)
     return bench
+
+
+def _check_parts(path: Path, bench: Bench) -> None:
+    """Raises `UserError` where a part that is there lacks a key, or its lists do not belong together."""
+    for name, keys in NEEDED.items():
+        part = bench.get(name) if name == "clusters" else (bench.get("router") or {}).get(name)
+        lacking = [key for key in keys if part and not (isinstance(part, dict) and isinstance(part.get(key), list))]
+        if lacking:
+            raise UserError(f"--bench {path}: {name} has no list {lacking[0]!r}; run decode.bench again")
+        if part and not (_is_table(part) if name == "confusion" else _are_points(part)):
+            raise UserError(f"--bench {path}: the lists in {name} do not belong together; run decode.bench again")
+
+
+def _is_table(confusion: Bench) -> bool:
+    rows = confusion["counts"]
+    across = len(confusion["drafters"])
+    return len(rows) in (0, len(confusion["tasks"])) and all(
+        isinstance(row, list) and len(row) == across for row in rows
+    )
+
+
+def _are_points(clusters: Bench) -> bool:
+    number = len(clusters["points"])
+    known = range(len(clusters["names"]))
+    there = len(clusters["cluster"]) == number and all(own in known for own in clusters["cluster"])
+    labels = clusters.get("task") or []
+    return there and len(labels) in (0, number) and all(np.shape(point) == (2,) for point in clusters["points"])
 
 
 def draw(bench: Bench) -> Plots:

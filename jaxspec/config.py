@@ -4,6 +4,7 @@ A preset is a Python file with one name, `experiment`; a variant of it is `datac
 """
 
 import dataclasses
+import math
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ class Trace:
     """Temperature of the target's own output; 0 is greedy."""
     top_logits: int = 32
     """Largest target probabilities kept for every emitted token; the rest is one tail mass."""
+    smallest_bucket: int = 64
+    """Prompts are padded to at least so many tokens; a large value means fewer programs to compile."""
     use_responses: bool = True
     """Take a line's `response` as the target's output; otherwise the target always decodes its own."""
 
@@ -151,10 +154,9 @@ def load_preset(path: str) -> Any:
     """Reads the value named `experiment` from a preset file."""
     try:
         namespace = runpy.run_path(path)
-    except OSError as error:
-        raise UserError(
-            f"--config {path}: {error.strerror}; give the path of a preset such as configs/testbed.py"
-        ) from error
+    except Exception as error:  # a preset is a program
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"--config {path}: {reason}; give the path of a preset such as configs/testbed.py") from error
     if "experiment" not in namespace:
         raise UserError(f"--config {path} defines no value named `experiment`; see configs/testbed.py for the form")
     return namespace["experiment"]
@@ -164,7 +166,9 @@ def command_line(config_type: type[Config], run: Callable[[Config], None], argv:
     """Parses flags, with `--config PRESET` as their defaults, and runs; a user's mistake ends it with exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        run(_parse(config_type, argv))
+        config = _parse(config_type, argv, _program(run))
+        check_numbers(config)
+        run(config)
     except UserError as error:
         _leave(str(error))
     except OSError as error:
@@ -177,7 +181,28 @@ def command_line(config_type: type[Config], run: Callable[[Config], None], argv:
         sys.exit(130)
 
 
-def _parse(config_type: type[Config], argv: list[str]) -> Config:
+def check_numbers(config: Any, prefix: str = "--") -> None:
+    """Raises UserError for a negative number, a count of nothing, or no value where one is needed; a seed may be 0."""
+    for own in dataclasses.fields(config):
+        value, flag = getattr(config, own.name), prefix + own.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            check_numbers(value, f"{flag}.")
+        if value == () and own.default not in ((), dataclasses.MISSING):
+            raise UserError(f"{flag} is empty; give at least one value, for example {own.default[0]}")
+        least, most = (int(own.name != "seed"), 2**31 - 1) if "int" in str(own.type) else (0, math.inf)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool) and not least <= number <= most:
+                raise UserError(f"{flag} {number} is out of range; give a number from {least} to {most}")
+
+
+def _program(run: Callable) -> str:
+    """How the user started `run`: its module's name, which is `__main__` while it is the one that runs."""
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    name = main.name if main and run.__module__ == "__main__" else run.__module__
+    return f"python -m {name.removesuffix('.__main__')}"
+
+
+def _parse(config_type: type[Config], argv: list[str], program: str) -> Config:
     default = None
     for i, word in enumerate(argv):
         if word == "--config" or word.startswith("--config="):
@@ -186,11 +211,12 @@ def _parse(config_type: type[Config], argv: list[str]) -> Config:
             argv = argv[:i] + argv[i + (1 if "=" in word else 2) :]
             break
     if default is not None and not isinstance(default, config_type):
-        raise UserError(f"--config holds a {type(default).__name__}, this command takes a {config_type.__name__}")
+        wanted, found = config_type.__name__, type(default).__name__
+        raise UserError(f"--config: `experiment` is of type {found}, this command takes {wanted}; give flags instead")
     return (
-        tyro.cli(config_type, args=argv, default=default, config=(tyro.conf.FlagConversionOff,))
+        tyro.cli(config_type, prog=program, args=argv, default=default, config=(tyro.conf.FlagConversionOff,))
         if default
-        else tyro.cli(config_type, args=argv)
+        else tyro.cli(config_type, prog=program, args=argv)
     )
 
 

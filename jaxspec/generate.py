@@ -109,9 +109,10 @@ def pool_features(hidden: Array, length: Array) -> Array:
     return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-9)
 
 
-def bucket_of(length: int) -> int:
-    """The smallest prompt bucket that holds `length` tokens."""
-    return next((size for size in BUCKETS if size >= length), -(-length // BUCKETS[-1]) * BUCKETS[-1])
+def bucket_of(length: int, smallest: int = BUCKETS[0]) -> int:
+    """The smallest prompt bucket, from `smallest` on, that holds `length` tokens."""
+    need = max(length, smallest)
+    return next((size for size in BUCKETS if size >= need), -(-need // BUCKETS[-1]) * BUCKETS[-1])
 
 
 def slots_of(bucket: int, max_new_tokens: int) -> int:
@@ -119,19 +120,19 @@ def slots_of(bucket: int, max_new_tokens: int) -> int:
     return -(-(bucket + max_new_tokens + MAX_DRAFT + 1) // 16) * 16
 
 
-def group(requests: Sequence[Request], batch: int) -> list[list[int]]:
+def group(requests: Sequence[Request], batch: int, smallest: int = BUCKETS[0]) -> list[list[int]]:
     """Indices in batches of at most `batch` rows, each of one prompt bucket, in order of arrival within it."""
     by_bucket: dict[int, list[int]] = {}
     for i, request in enumerate(requests):
-        by_bucket.setdefault(bucket_of(len(request.ids)), []).append(i)
+        by_bucket.setdefault(bucket_of(len(request.ids), smallest), []).append(i)
     return [rows[at : at + batch] for _, rows in sorted(by_bucket.items()) for at in range(0, len(rows), batch)]
 
 
-def as_prompt(requests: Sequence[Request], batch: int) -> Prompt:
+def as_prompt(requests: Sequence[Request], batch: int, smallest: int = BUCKETS[0]) -> Prompt:
     """Device arrays of one batch; missing rows are padded with requests that emit nothing."""
     filler = Request(ids=(0,), max_new_tokens=0)
     rows = [*requests, *[filler] * (batch - len(requests))]
-    tokens = np.zeros((batch, bucket_of(max(len(r.ids) for r in rows))), np.int32)
+    tokens = np.zeros((batch, bucket_of(max(len(r.ids) for r in rows), smallest)), np.int32)
     for i, request in enumerate(rows):
         tokens[i, : len(request.ids)] = request.ids
     of = lambda get: np.array([get(r) for r in rows], np.int32)
@@ -176,6 +177,7 @@ def complete(
     batch: int,
     budget: int,
     vocab_size: int,
+    smallest: int = BUCKETS[0],
 ) -> Timed:
     """Decodes one batch from ids in host memory to ids in host memory.
 
@@ -184,9 +186,10 @@ def complete(
         drafter_params: the routes `[B]` -> parameters of the drafter (merged for one route, with the bank for several).
         route: (features `[B, H]`, rows) -> routes `[B]`, -1 for the base drafter.
         budget: most new tokens that the buffers hold; a request's own budget may be smaller.
+        smallest: the smallest prompt bucket; a large one means few programs, where compiling costs more than padding.
     """
     start = time.perf_counter()
-    prompt = as_prompt(requests, batch)
+    prompt = as_prompt(requests, batch, smallest)
     sampling = as_sampling(requests, batch, vocab_size)
     slots = slots_of(prompt.tokens.shape[1], budget)
     state, features = programs.prefill(target_params, prompt.tokens, prompt.length, slots)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxspec import router, verify
 from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
-from jaxspec.generate import Decoder, Request, Timed, complete, decoder
+from jaxspec.generate import BUCKETS, Decoder, Request, Timed, complete, decoder
 from jaxspec.router import BASE
 from jaxspec.store.pool import Pool
 from jaxspec.target import lm_target
@@ -43,7 +43,14 @@ def autoregressive(pool: Pool, width: int, *, sampled: bool) -> Decoder:
 
 
 def answer(
-    pool: Pool, programs: Decoder, method: Method, requests: Sequence[Request], *, batch: int, budget: int
+    pool: Pool,
+    programs: Decoder,
+    method: Method,
+    requests: Sequence[Request],
+    *,
+    batch: int,
+    budget: int,
+    smallest: int = BUCKETS[0],
 ) -> Timed:
     """Decodes one batch of one prompt bucket, from ids in host memory to ids in host memory."""
     return complete(
@@ -55,6 +62,7 @@ def answer(
         batch=batch,
         budget=budget,
         vocab_size=pool.pair.vocab_size,
+        smallest=smallest,
     )
 
 
@@ -82,6 +90,16 @@ def routed(pool: Pool, on_routes: Callable[[np.ndarray, np.ndarray], None] | Non
         return routes
 
     return Method("routed", route, adapted(pool))
+
+
+def overridden(method: Method, forced: Sequence[int | None]) -> Method:
+    """A method whose choice gives way where a request forces its route."""
+
+    def route(features: np.ndarray, rows: int) -> np.ndarray:
+        own = [free if wanted is None else wanted for free, wanted in zip(method.route(features, rows), forced)]
+        return _padded(np.array(own), len(features))
+
+    return method._replace(route=route)
 
 
 def adapted(pool: Pool) -> Callable[[np.ndarray], LMDrafterParams]:

@@ -23,7 +23,7 @@ from jaxspec.config import Experiment, command_line, plain
 from jaxspec.packing import as_batch, packed_rows, places
 from jaxspec.store.huggingface import Model, read_config, read_model
 from jaxspec.store.stages import finish, manifest, open_stage, read_arrays, write_json
-from jaxspec.store.traces import Traces, read_traces
+from jaxspec.store.traces import Traces, check_models, read_traces
 from jaxspec.store.trees import Checkpoints, write_tree
 from jaxspec.transformer import forward, unembed
 
@@ -53,6 +53,7 @@ def run(experiment: Experiment) -> None:
     stage = open_stage(experiment.out, "align", config=config, parents=parents)
     if stage.complete:
         return print(f"align: complete in {stage.folder}")
+    check_models(experiment.out, target=experiment.target, draft=experiment.draft)
     traces = read_traces(experiment.out)
     partition = read_arrays(Path(experiment.out, "partition", "partition.npz"))
     draft = read_model(experiment.draft, jnp.dtype(experiment.dtype))

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from jaxspec import metrics, serving
 from jaxspec.config import Experiment, UserError, command_line, plain
-from jaxspec.generate import MAX_DRAFT, Request
+from jaxspec.generate import MAX_DRAFT, Request, bucket_of
 from jaxspec.store.models import read_pair
 from jaxspec.store.pool import BANK, MIXED, POINTS, ROUTER, TEST, load_pool
 from jaxspec.store.stages import Stage, finish, manifest, open_stage, read_arrays, write_arrays, write_whole
-from jaxspec.store.traces import Traces, read_traces
+from jaxspec.store.traces import Traces, check_models, read_traces
 
 
 def run(experiment: Experiment) -> None:
@@ -32,6 +32,7 @@ def run(experiment: Experiment) -> None:
         return print(f"calibrate: pool complete in {stage.folder}")
     if max(experiment.calibrate.lengths) > MAX_DRAFT or min(experiment.calibrate.lengths) < 1:
         raise UserError(f"calibrate.lengths {experiment.calibrate.lengths} must lie between 1 and {MAX_DRAFT}")
+    check_models(experiment.out, target=experiment.target, draft=experiment.draft)
     traces = read_traces(experiment.out)
     partition = read_arrays(Path(experiment.out, "partition", "partition.npz"))
     facts = _facts(experiment, traces, partition)
@@ -100,8 +101,7 @@ def _assemble(experiment: Experiment, stage: Stage, traces: Traces, partition: d
 def _measure(experiment: Experiment, stage: Stage, facts: dict, traces: Traces, partition: dict) -> dict[int, dict]:
     spec = experiment.calibrate
     pool = load_pool(stage.folder, facts, digest="not yet calibrated")
-    rows = np.flatnonzero(partition["split"] == 1)
-    rows = np.random.default_rng(experiment.seed).permutation(rows)[: spec.prompts]
+    rows = _sample(experiment, traces, partition)
     requests = [
         Request(
             ids=tuple(traces.tokens[i][: traces.prompt_length[i]].tolist()),
@@ -125,6 +125,15 @@ def _measure(experiment: Experiment, stage: Stage, facts: dict, traces: Traces, 
                     seconds[k].append(sum(t.prefill_seconds + t.route_seconds + t.decode_seconds for t in timed))
                 bar.update()
     return {k: _row(counts[k], min(seconds[k])) for k in spec.lengths}
+
+
+def _sample(experiment: Experiment, traces: Traces, partition: dict) -> np.ndarray:
+    """Calibrate prompts of the commonest bucket: one program a length is compiled, not one a length and bucket."""
+    rows = np.flatnonzero(partition["split"] == 1)
+    buckets = np.array([bucket_of(int(traces.prompt_length[i])) for i in rows])
+    commonest = Counter(buckets.tolist()).most_common(1)[0][0]
+    order = np.random.default_rng(experiment.seed).permutation(rows[buckets == commonest])
+    return order[: experiment.calibrate.prompts]
 
 
 def _row(counts: list, seconds: float) -> dict:

@@ -8,14 +8,14 @@ drafter that knows one of them is of little use to the next, which is the situat
 import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
-from jaxspec.config import UserError
+from jaxspec.config import UserError, command_line
 
 SPLITS = ("train", "eval")
 
-# Choices are parted by commas; "left: right" is what a prompt says and what becomes of it in the response.
 # Choices are parted by commas; "left: right" is what a prompt says and what becomes of it in the response.
 NAMES = (
     "anna, ben, carla, david, ella, felix, grace, henry, iris, jonas, kira, leo, mona, nils, olga, paul, rosa, simon, "
@@ -69,6 +69,25 @@ TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen 
 ONES = f"zero one two three four five six seven eight nine {TEENS}".split()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """Which rows to draw."""
+
+    out: str
+    """Folder for one JSON lines file a family."""
+    rows_per_family: int = 160
+    """Rows of each."""
+    seed: int = 1
+    """Seed of the rows; pretraining uses another."""
+    split: str = "train"
+    """train or eval: their contents never meet."""
+
+
+def run(log: Log) -> None:
+    """Writes the log."""
+    write_log(log.out, rows_per_family=log.rows_per_family, seed=log.seed, split=log.split)
+
+
 def write_log(folder: str | Path, *, rows_per_family: int, seed: int, split: str) -> None:
     """Writes one `<family>.jsonl` a family into `folder`, a log that the trace stage can read."""
     folder = Path(folder)
@@ -98,7 +117,7 @@ def rows(family: str, *, count: int, seed: int, split: str) -> Iterator[dict[str
 def arithmetic(draw: random.Random) -> tuple[str, str]:
     """A word problem of one sum and one difference, worked step by step."""
     (name, friend), item = _two(draw, NAMES), _one(draw, ITEMS)
-    have, more, less = draw.randint(11, 79), draw.randint(2, 19), draw.randint(2, 9)
+    have, more, less = draw.randint(11, 79), draw.randint(2, 9), draw.randint(2, 9)
     prompt = draw.choice([
         f"{name} has {have} {item}, buys {more} more and gives {less} to {friend}. how many does {name} have now?",
         f"how many {item} are left if {name} starts with {have}, finds {more} and then hands {less} to {friend}?",
@@ -224,3 +243,7 @@ def _words(number: int) -> str:
             joint = "" if rest == 0 else f" and {_words(rest)}" if rest < 100 else f" {_words(rest)}"
             return f"{_words(number // size)} {name}{joint}"
     return ONES[number] if number < 20 else TENS[number // 10] + (f" {ONES[number % 10]}" if number % 10 else "")
+
+
+if __name__ == "__main__":
+    command_line(Log, run)

@@ -70,9 +70,9 @@ def find(experiment: Experiment, traces: Traces, texts: Sequence[str]) -> Found:
             f"partition.num_clusters {spec.num_clusters} exceeds the {train.sum()} prompts of the train split; lower it"
         )
     features = _features(experiment, traces, texts, train)
-    wanted = [spec.num_clusters] if spec.num_clusters else range(spec.min_clusters, spec.max_clusters + 1)
-    feasible = [k for k in wanted if k < train.sum()] or [1]
-    centroids, silhouettes = cluster(features[train], feasible, seed=experiment.seed)
+    tried = [k for k in range(spec.min_clusters, spec.max_clusters + 1) if k < train.sum()] or [1]
+    wanted = [spec.num_clusters] if spec.num_clusters else tried
+    centroids, silhouettes = cluster(features[train], wanted, seed=experiment.seed)
     task = assign(features, centroids)
     both = hidden_features(traces, ["prompt", "output"], train)
     means = np.stack([both[train & (task == t)].mean(0) for t in range(len(centroids))])

@@ -18,16 +18,17 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxspec import verify
-from jaxspec.config import Experiment, UserError, command_line, plain
+from jaxspec.config import Experiment, Trace, UserError, command_line, plain
 from jaxspec.drafters import lm_drafter
 from jaxspec.drafters.lm import LMDrafterParams
-from jaxspec.generate import Recorder, Request, bucket_of, complete, decoder, group, pool_features
+from jaxspec.generate import MAX_DRAFT, Recorder, Request, bucket_of, complete, decoder, group, pool_features
 from jaxspec.store.models import Pair, encode, read_pair
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import Stage, digest_of, finish, open_stage, write_arrays, write_whole
 from jaxspec.target import lm_target
 from jaxspec.transformer import forward, unembed
 
+FEWEST = 10  # below that a tenth of the log is less than a prompt
 ARRAYS = ("top_ids", "top_log_p", "tail_log_p", "draft")
 
 
@@ -35,13 +36,14 @@ def run(experiment: Experiment) -> None:
     """Writes `out/trace`: `log.jsonl` and one `shard-*.npz` a batch."""
     pair = read_pair(experiment.target, experiment.draft, experiment.dtype)
     lines = read_prompts(experiment.prompts, include=experiment.include, limit=experiment.limit, seed=experiment.seed)
+    _check(experiment.trace, pair)
     stage = _open(experiment, pair, lines)
     if stage.complete:
         return print(f"trace: complete in {stage.folder}")
     lines, requests, left_out = _fitting(experiment, pair, lines)
     write_whole(stage.folder / "log.jsonl", partial(_write_log, lines=lines))
     forced = [experiment.trace.use_responses and line.response is not None for line in lines]
-    jobs = _jobs(requests, forced, experiment.trace.batch)
+    jobs = _jobs(requests, forced, experiment.trace)
     decode = _decoding(experiment, pair)
     read = _reading(experiment, pair)
     tokens = 0
@@ -67,18 +69,28 @@ def _open(experiment: Experiment, pair: Pair, lines: Sequence[Line]) -> Stage:
     return open_stage(experiment.out, "trace", config=config, parents=parents)
 
 
-def _fitting(experiment: Experiment, pair: Pair, lines: Sequence[Line]):
-    """Lines whose prompt fits, their requests, and how many do not."""
-    spec = experiment.trace
+def _check(spec: Trace, pair: Pair) -> None:
     if spec.max_prompt_tokens + spec.max_new_tokens > pair.longest:
         raise UserError(
             f"trace.max_prompt_tokens {spec.max_prompt_tokens} and trace.max_new_tokens {spec.max_new_tokens} exceed "
             f"the models' {pair.longest} positions; lower one of them"
         )
+    most = {"num_speculative_tokens": MAX_DRAFT, "top_logits": pair.vocab_size}
+    for name, limit in most.items():
+        if getattr(spec, name) > limit:
+            raise UserError(f"trace.{name} {getattr(spec, name)} is too large; give at most {limit}")
+
+
+def _fitting(experiment: Experiment, pair: Pair, lines: Sequence[Line]):
+    """Lines whose prompt fits, their requests, and how many do not."""
+    spec = experiment.trace
     ids = [encode(pair.tokenizer, line) for line in lines]
     fits = [i for i, own in enumerate(ids) if 0 < len(own) <= spec.max_prompt_tokens]
-    if not fits:
-        raise UserError(f"no prompt of {len(lines)} fits trace.max_prompt_tokens {spec.max_prompt_tokens}; raise it")
+    if len(fits) < FEWEST:
+        raise UserError(
+            f"{len(fits)} of {len(lines)} prompts fit trace.max_prompt_tokens {spec.max_prompt_tokens}, {FEWEST} are "
+            "needed to train, calibrate and test; raise it or give a longer log"
+        )
     requests = [
         Request(
             ids=ids[i],
@@ -92,11 +104,14 @@ def _fitting(experiment: Experiment, pair: Pair, lines: Sequence[Line]):
     return [lines[i] for i in fits], requests, len(lines) - len(fits)
 
 
-def _jobs(requests: Sequence[Request], forced: Sequence[bool], batch: int) -> list[tuple[bool, list[int]]]:
+def _jobs(requests: Sequence[Request], forced: Sequence[bool], spec: Trace) -> list[tuple[bool, list[int]]]:
     jobs = []
     for kind in (False, True):
         rows = [i for i, is_forced in enumerate(forced) if is_forced == kind]
-        jobs += [(kind, [rows[i] for i in part]) for part in group([requests[i] for i in rows], batch)]
+        jobs += [
+            (kind, [rows[i] for i in part])
+            for part in group([requests[i] for i in rows], spec.batch, spec.smallest_bucket)
+        ]
     return jobs
 
 
@@ -128,6 +143,7 @@ def _decoding(experiment: Experiment, pair: Pair):
             batch=spec.batch,
             budget=spec.max_new_tokens,
             vocab_size=pair.vocab_size,
+            smallest=spec.smallest_bucket,
         )
         outputs = [c.ids for c in done.completions]
         record = jax.tree.map(lambda leaf: leaf[: len(requests)], done.record)
@@ -215,7 +231,9 @@ def _reading(experiment: Experiment, pair: Pair):
         room = spec.max_new_tokens
         responses = [r[:room] for r in responses]
         arrays = _texts(requests, responses, room)
-        whole = np.zeros((spec.batch, bucket_of(max(len(r.ids) for r in requests)) + room), np.int32)
+        whole = np.zeros(
+            (spec.batch, bucket_of(max(len(r.ids) for r in requests), spec.smallest_bucket) + room), np.int32
+        )
         whole[: len(requests), : arrays["tokens"].shape[1]] = arrays["tokens"]
         pad = lambda x: np.pad(x, (0, spec.batch - len(requests)), constant_values=1)
         lengths = pad(arrays["prompt_length"]), pad(arrays["length"])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jinja2 import TemplateError
 
 from jaxspec.config import UserError
 from jaxspec.store.huggingface import Model, check_same_tokenizer, fingerprint, read_model, read_tokenizer
@@ -46,9 +47,16 @@ def read_pair(target: str, draft: str, dtype: str) -> Pair:
 def encode(tokenizer: Any, line: Line) -> tuple[int, ...]:
     """Token ids of a prompt, through the chat template where the tokenizer has one."""
     if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(line.messages, tokenize=False, add_generation_prompt=True)
+        text = _through_template(tokenizer, line)
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     return tuple(tokenizer(line.text)["input_ids"])
+
+
+def _through_template(tokenizer: Any, line: Line) -> str:
+    try:
+        return tokenizer.apply_chat_template(line.messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(f"{line.source}: the chat template refuses it ({error}); mend its messages") from error
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:

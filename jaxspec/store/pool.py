@@ -62,6 +62,8 @@ def read_pool(path: str, *, target: str = "", draft: str = "", dtype: str = "") 
     if not (folder / MANIFEST).exists():
         raise UserError(f"{path!r} is not a pool (it has no {MANIFEST}); `python -m train` makes one in OUT/pool")
     manifest = read_json(folder / MANIFEST)
+    if manifest.get("stage") != "pool":
+        raise UserError(f"{path!r} holds the stage {manifest.get('stage')!r}, not a pool; give OUT/pool")
     return load_pool(folder, manifest["results"], manifest["digest"], target=target, draft=draft, dtype=dtype)
 
 

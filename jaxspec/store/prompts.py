@@ -64,12 +64,19 @@ def parse_line(text: str, source: str) -> Line:
         raise UserError(f'{source} has neither "prompt" nor "messages"; write {{"prompt": "..."}}')
     messages = raw.pop("messages", None) or [{"role": "user", "content": raw.pop("prompt", "")}]
     raw.pop("prompt", None)
-    if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-        raise UserError(f"{source}: a prompt or message content is not a text")
+    if not isinstance(messages, list) or not all(_is_message(own) for own in messages):
+        raise UserError(f'{source}: a prompt is a text, messages a list like [{{"role": "user", "content": "..."}}]')
     if not any(message["content"].strip() for message in messages):
-        raise UserError(f"{source}: the prompt is empty")
+        raise UserError(f"{source}: the prompt is empty; write a text or remove the line")
+    for key in ("response", "task"):
+        if not isinstance(raw.get(key), str | None):
+            raise UserError(f"{source}: {key} {raw[key]!r} is not a text; write one or leave it out")
     take = lambda key: raw.pop(key, None)
     return Line(str(raw.pop("id", source)), messages, take("response"), take("task"), raw, source)
+
+
+def _is_message(own: Any) -> bool:
+    return isinstance(own, dict) and all(isinstance(own.get(key), str) for key in ("role", "content"))
 
 
 def _read(file: Path) -> Iterator[Line]:
@@ -80,7 +87,7 @@ def _read(file: Path) -> Iterator[Line]:
                 if text.strip():
                     yield parse_line(text, f"{file}, line {number}")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"{file} cannot be read ({error})") from error
+        raise UserError(f"{file} cannot be read ({error}); copy or pack it again") from error
 
 
 def _files(path: str, include: Sequence[str]) -> list[Path]:

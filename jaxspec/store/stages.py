@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import time
+import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,8 +45,9 @@ def open_stage(out: str, name: str, *, config: dict, parents: dict[str, str]) ->
         raise UserError("--out is missing; give the folder for the stages, for example --out runs/mine")
     folder = Path(out, name)
     claim = {"stage": name, "config": json.loads(json.dumps(config)), "parents": parents}
+    begun = folder.is_dir() and any(file.name != CLAIM for file in folder.iterdir())
     for file in (folder / MANIFEST, folder / CLAIM):
-        if file.exists():
+        if begun and file.exists():  # a claim alone holds no work
             _check_same(read_json(file), claim, folder)
             return Stage(folder, file.name == MANIFEST, claim, time.time())
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,11 +106,11 @@ def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
 def read_arrays(file: Path) -> dict[str, np.ndarray]:
     """An .npz of ours, fully in memory."""
     try:
-        with np.load(file) as data:
+        with open(file, "rb") as handle, np.load(handle) as data:
             return {name: data[name] for name in data.files}
     except FileNotFoundError as error:
         raise UserError(f"{file} is not there; run the stage that writes it again") from error
-    except (ValueError, OSError, EOFError, KeyError) as error:
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is damaged ({error}); remove it and run the stage again") from error
 
 

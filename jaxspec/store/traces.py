@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from jaxspec.config import UserError
+from jaxspec.store.huggingface import digest
 from jaxspec.store.stages import manifest, read_arrays
 
 PARTS = ("prompt", "draft", "output")
@@ -35,6 +37,18 @@ class Traces(NamedTuple):
 
     def outputs(self) -> Iterator[np.ndarray]:
         return (own[n:] for own, n in zip(self.tokens, self.prompt_length, strict=True))
+
+
+def check_models(out: str, **paths: str) -> None:
+    """Raises UserError when a folder, given as `target` or `draft`, is not the model that the trace was made with."""
+    parents = manifest(out, "trace")["parents"]
+    for name, path in paths.items():
+        found = digest(path)
+        if found != parents[name]:
+            raise UserError(
+                f"--{name} {path} is not the {name} of {Path(out, 'trace')}: its digest is {found}, the trace was made "
+                f"with {parents[name]}; give that model, or another --out"
+            )
 
 
 def read_traces(out: str) -> Traces:

@@ -17,7 +17,7 @@ from jaxspec.store.stages import write_whole
 def write_tree(file: Path, tree: Any) -> None:
     """Writes a tree's leaves under their dotted paths; whole or not at all."""
     leaves = {name: np.asarray(leaf) for name, leaf in _named(tree)}
-    write_whole(file, lambda part: save_file(leaves, str(part)))
+    write_whole(file, lambda part: _save(leaves, part))
 
 
 def read_tree(file: Path, like: Any) -> Any:
@@ -58,6 +58,13 @@ class Checkpoints:
     def close(self) -> None:
         """Ends the manager's threads."""
         self._manager.close()
+
+
+def _save(leaves: dict[str, np.ndarray], file: Path) -> None:
+    try:
+        save_file(leaves, str(file))
+    except SafetensorError as error:  # in which safetensors wraps a full disk or a folder without permission
+        raise OSError(str(error)) from error
 
 
 def _named(tree: Any):

@@ -1,0 +1,28 @@
+"""The embedded default: eight families of generated prompts, and the two small models shipped in `configs/demo`.
+
+The models were made by `python -m train.pretrain --out configs/demo --batch 16 --target.steps 1500 --draft.steps 80`.
+"""
+
+from pathlib import Path
+
+from jaxspec.config import Align, Calibrate, Experiment, Router, Trace
+
+_models = Path(__file__).with_name("demo")
+
+experiment = Experiment(
+    target=str(_models / "target"),
+    draft=str(_models / "draft"),
+    limit=160,
+    trace=Trace(batch=32, max_prompt_tokens=256, max_new_tokens=80, smallest_bucket=128, use_responses=False),
+    align=Align(
+        rank=16,
+        alpha=16.0,
+        steps=120,
+        rows=4,
+        search_steps=15,
+        learning_rates=(3e-3, 1e-2),
+        full_learning_rates=(1e-3, 3e-3),
+    ),
+    router=Router(steps=300),
+    calibrate=Calibrate(lengths=(2, 4, 6), prompts=8, passes=2),
+)

@@ -1,0 +1,211 @@
+"""The laws of the step and its loop on a small transformer, where caches matter.
+
+Verification hides drafting bugs: a broken drafter is slow, never wrong. So a drafter is also run where it must be perfect.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspec import metrics, verify
+from jaxspec.adapters import init_bank, merge
+from jaxspec.drafters import lm_drafter, silent_drafter
+from jaxspec.drafters.lm import LMDrafterParams
+from jaxspec.generate import Request, complete, decoder, slots_of
+from jaxspec.speculate import speculator
+from jaxspec.target import lm_target
+from jaxspec.transformer import LMConfig, forward, init, unembed
+from jaxspec.types import Sampling, SpecParams
+
+TARGET = LMConfig(
+    vocab_size=40,
+    width=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_width=64,
+    max_positions=256,
+    tied=False,  # a random tied model repeats its last token for ever
+)
+SMALL = dataclasses.replace(TARGET, width=16, num_layers=1, head_dim=4, mlp_width=32)
+PARAMS = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, init(TARGET, jax.random.key(0)))
+DRAFT = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, init(SMALL, jax.random.key(1)))
+EOS = 7
+BUDGET = 24
+PROMPTS = [tuple(np.random.default_rng(i).integers(8, 40, size=n).tolist()) for i, n in enumerate((3, 9, 1, 14))]
+
+
+def programs(config: LMConfig, k: int, law=verify.greedy, stops=(EOS,)):
+    return decoder(lm_target(TARGET), lm_drafter(config, k), law, stop_tokens=stops)
+
+
+def answer(program, params, prompts=PROMPTS, batch=4, route=-1, **settings):
+    requests = [Request(ids=ids, max_new_tokens=BUDGET, number=i) for i, ids in enumerate(prompts)]
+    requests = [dataclasses.replace(r, **settings) for r in requests]
+    return complete(
+        program,
+        requests,
+        target_params=PARAMS,
+        drafter_params=lambda routes: params,
+        route=lambda features, rows: np.resize(np.asarray(route), len(features)),
+        batch=batch,
+        budget=BUDGET,
+        vocab_size=TARGET.vocab_size,
+    ).completions
+
+
+SPEC = {k: programs(SMALL, k) for k in (1, 3)}
+SAMPLED = programs(SMALL, 3, verify.rejection)
+
+
+def plain_greedy(ids, budget=BUDGET, stop=EOS):
+    """A token at a time, the whole text each time, padded to one length so that it compiles once."""
+    out = []
+    while len(out) < budget and (not out or out[-1] != stop):
+        text = np.zeros((1, 64), np.int32)
+        text[0, : len(ids) + len(out)] = [*ids, *out]
+        out.append(int(_next(PARAMS, text)[len(ids) + len(out) - 1]))
+    return out
+
+
+@jax.jit
+def _next(params, text):
+    return jnp.argmax(unembed(TARGET, params, forward(TARGET, params, text)), -1)[0]
+
+
+@pytest.mark.parametrize("k", SPEC)
+def test_greedy_equals_plain_decoding(k):
+    for completion, ids in zip(answer(SPEC[k], LMDrafterParams(DRAFT)), PROMPTS, strict=True):
+        assert completion.ids == plain_greedy(ids)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_a_drafter_that_is_the_target_loses_nothing(k, sampled):
+    """Kept with certainty at temperature 0 and, as q is p, at temperature 1 but for rounding between two programs."""
+    program = programs(TARGET, k, verify.rejection if sampled else verify.greedy, stops=())
+    counts = metrics.total(c.counts for c in answer(program, LMDrafterParams(PARAMS), temperature=float(sampled)))
+    assert counts.drafted_by_position.sum() > 0
+    assert (counts.accepted_by_position == counts.drafted_by_position).all()
+    assert counts.num_drafts == 4 * -(-BUDGET // (k + 1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_does_not_see_its_batch(temperature):
+    program = SPEC[3] if temperature == 0 else SAMPLED
+    together = answer(program, LMDrafterParams(DRAFT), temperature=temperature)
+    for i in (0, 3):
+        swapped = [PROMPTS[2] if j != i else PROMPTS[i] for j in range(4)]
+        again = answer(program, LMDrafterParams(DRAFT), swapped, temperature=temperature)
+        assert again[i].ids == together[i].ids
+
+
+def test_a_seed_names_its_text():
+    first, again, other = (answer(SAMPLED, LMDrafterParams(DRAFT), temperature=1.0, seed=s) for s in (3, 3, 4))
+    assert [c.ids for c in first] == [c.ids for c in again] != [c.ids for c in other]
+
+
+@pytest.mark.parametrize("k", SPEC)
+def test_drafting_nothing_is_the_same_program_and_the_same_text(k):
+    drafted, silent = (answer(SPEC[k], LMDrafterParams(DRAFT), draft_limit=limit) for limit in (16, 0))
+    assert [c.ids for c in drafted] == [c.ids for c in silent]
+    assert all(c.counts.num_draft_tokens == 0 and c.counts.num_drafts == len(c.ids) for c in silent)
+    assert SPEC[k].decode._cache_size() == 1
+
+
+def test_rows_with_different_adapters_share_a_program_and_equal_merged_weights():
+    bank = init_bank(DRAFT, jax.random.key(2), tasks=3, rank=2)
+    bank = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(3), x.shape), bank)
+    routes = [2, -1, 0, 1]
+    mixed = answer(SPEC[3], LMDrafterParams(DRAFT, bank), route=routes)
+    for i, route in enumerate(routes):
+        alone = answer(SPEC[3], LMDrafterParams(merge(DRAFT, bank, route)))
+        assert mixed[i].ids == alone[i].ids
+        np.testing.assert_array_equal(mixed[i].counts.accepted_by_position, alone[i].counts.accepted_by_position)
+
+
+def test_a_stop_inside_a_block_ends_the_row():
+    """With the target as drafter whole blocks are accepted, so a stop falls inside one; nothing after it leaks."""
+    program = programs(TARGET, 4)
+    free = answer(programs(TARGET, 4, stops=()), LMDrafterParams(PARAMS))
+    for completion, open_end in zip(answer(program, LMDrafterParams(PARAMS)), free, strict=True):
+        ends = EOS in open_end.ids
+        cut = open_end.ids[: open_end.ids.index(EOS) + 1] if ends else open_end.ids
+        assert completion.ids == cut
+        assert completion.finish_reason == ("stop" if ends else "length")
+        assert completion.counts.num_emitted == len(cut)
+
+
+def test_a_stop_beats_the_budget_and_a_budget_is_kept():
+    text = plain_greedy(PROMPTS[1], stop=-1)
+    at, stop = next((i, token) for i, token in enumerate(text) if i >= 3 and token not in text[:i])
+    program = programs(TARGET, 4, stops=(stop, 39))
+    for budget, reason in ((at + 1, "stop"), (at + 3, "stop"), (at, "length")):
+        completion = answer(program, LMDrafterParams(PARAMS), [PROMPTS[1]], max_new_tokens=budget)[0]
+        assert (completion.ids, completion.finish_reason) == (text[: min(at + 1, budget)], reason)
+
+
+def test_counts_equal_a_simulation_along_the_output():
+    """Accepted over drafted as the reference counts it: from teacher-forced agreement, places past the end left out."""
+    k = 3
+    for completion, ids in zip(answer(SPEC[k], LMDrafterParams(DRAFT)), PROMPTS, strict=True):
+        out, text = completion.ids, np.array([[*ids, *completion.ids]])
+        guess = np.argmax(unembed(SMALL, DRAFT, forward(SMALL, DRAFT, text)), -1)[0, len(ids) - 1 : -1]
+        drafted = accepted = at = 0
+        while at < len(out):
+            block = guess[at : at + k] == np.array(out[at : at + k])
+            drafted += len(block)
+            accepted += int(np.cumprod(block).sum())
+            at += int(np.cumprod(block).sum()) + 1
+        assert completion.counts.drafted_by_position.sum() == drafted
+        assert completion.counts.accepted_by_position.sum() == accepted
+
+
+def test_autoregressive_text_does_not_depend_on_the_width():
+    one, four = (decoder(lm_target(TARGET), silent_drafter(w - 1), verify.greedy, stop_tokens=(EOS,)) for w in (1, 4))
+    assert [c.ids for c in answer(one, ())] == [c.ids for c in answer(four, ())]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_step_preserves_the_type_of_its_state(sampled):
+    spec = speculator(lm_target(TARGET), lm_drafter(SMALL, 2), verify.rejection, stop_tokens=(EOS,))
+    params = SpecParams(PARAMS, LMDrafterParams(DRAFT))
+    sampling = Sampling(jnp.ones(2)) if sampled else None
+
+    def start():
+        from toys import prompt_of
+
+        prompt = prompt_of([[1, 2, 3], [4, 5, 6]], limit=5)
+        slots = slots_of(3, 5)
+        state, _ = lm_target(TARGET).init(PARAMS, prompt, slots)
+        return spec.init(params, prompt, state, sampling, slots)
+
+    before = jax.eval_shape(start)
+    after = jax.eval_shape(lambda: spec.step(params, start())[0])
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert a.shape[0] == 2
+
+
+def test_bfloat16_greedy_is_bit_equal_through_its_own_program():
+    low = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+    target = lm_target(TARGET, jnp.bfloat16)
+    program = decoder(target, lm_drafter(SMALL, 3, dtype=jnp.bfloat16), verify.greedy, stop_tokens=(EOS,))
+    run = lambda limit: (
+        complete(
+            program,
+            [Request(ids=ids, max_new_tokens=BUDGET, number=i, draft_limit=limit) for i, ids in enumerate(PROMPTS)],
+            target_params=low(PARAMS),
+            drafter_params=lambda routes: LMDrafterParams(low(DRAFT)),
+            route=lambda features, rows: np.full(len(features), -1),
+            batch=4,
+            budget=BUDGET,
+            vocab_size=TARGET.vocab_size,
+        ).completions
+    )
+    assert [c.ids for c in run(16)] == [c.ids for c in run(0)]

@@ -1,0 +1,144 @@
+"""A killed command, given again, ends where an undisturbed one ends, and does not do again what was done."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from decode import generate
+from jaxspec.config import Experiment, command_line
+from jaxspec.store.pool import read_pool
+from train import __main__ as pipeline
+from train import align, trace
+
+
+def call(module, config_type, *argv):
+    command_line(config_type, module.run, argv=[str(word) for word in argv])
+
+
+def killed(capsys, module, config_type, *argv):
+    """Runs a command that is interrupted; it says how to go on."""
+    with pytest.raises(SystemExit) as left:
+        call(module, config_type, *argv)
+    assert left.value.code == 130
+    assert "run the same command again" in capsys.readouterr().err.splitlines()[-1]
+
+
+def interrupt_call(monkeypatch, module, name: str, number: int) -> list:
+    """From its call `number` on, `module.name` is an interrupt; returns the calls that went through."""
+    real, calls = getattr(module, name), []
+
+    def counted(*args, **settings):
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return real(*args, **settings)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+def state_of(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Every file with the moment it was written and its place on the disk, which is another once it is replaced."""
+    return {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in folder.rglob("*") if file.is_file()}
+
+
+def assert_same_shards(folder: Path, expected: Path):
+    ours, theirs = (sorted(own.glob("shard-*.npz")) for own in (folder, expected))
+    assert [file.name for file in ours] == [file.name for file in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        with np.load(a) as left, np.load(b) as right:
+            assert {name: (left[name].dtype, left[name].shape, left[name].tobytes()) for name in left.files} == {
+                name: (right[name].dtype, right[name].shape, right[name].tobytes()) for name in right.files
+            }
+
+
+def test_a_killed_trace_goes_on_behind_its_shards(finished, preset, tmp_path, monkeypatch, capsys):
+    command = trace, Experiment, "--config", preset, "--out", tmp_path
+    with monkeypatch.context() as patch:
+        interrupt_call(patch, trace, "write_arrays", 1)
+        killed(capsys, *command)
+    done = state_of(tmp_path)
+    assert [file.name for file in done if file.suffix == ".npz"] == ["shard-00000.npz"]
+    written = interrupt_call(monkeypatch, trace, "write_arrays", -1)
+    call(*command)
+    expected = Path(finished.out, "trace")
+    assert_same_shards(tmp_path / "trace", expected)
+    assert len(written) == len(list(expected.glob("*.npz"))) - 1
+    shard = tmp_path / "trace" / "shard-00000.npz"
+    assert state_of(tmp_path)[shard] == done[shard]
+    assert (tmp_path / "trace" / "log.jsonl").read_bytes() == (expected / "log.jsonl").read_bytes()
+
+
+def test_a_killed_alignment_goes_on_from_its_checkpoints(finished, preset, out_with, monkeypatch, capsys):
+    out = out_with("trace", "partition")
+    command = align, Experiment, "--config", preset, "--out", out
+    steps = []
+    for number in (3, 2 + 5):  # between the checkpoints of the bank, then of mixed_lora
+        with monkeypatch.context() as patch:
+            steps.append(interrupt_call(patch, align, "schedule", number))
+            killed(capsys, *command)
+    steps.append(interrupt_call(monkeypatch, align, "schedule", -1))
+    call(*command)
+    began = [[step for step, total, *_ in own if total == finished.align.steps][:1] for own in steps]
+    assert began == [[0], [2], []]
+    assert [step for step, *_ in steps[2]][:1] == [4]
+    for name in ("bank.safetensors", "mixed.safetensors"):
+        assert (out / "align" / name).read_bytes() == Path(finished.out, "align", name).read_bytes()
+
+
+def test_a_finished_pipeline_is_left_alone(preset, out_with, capsys):
+    out = out_with("trace", "partition", "align", "router", "pool")
+    before = state_of(out)
+    call(pipeline, Experiment, "--config", preset, "--out", out)
+    assert state_of(out) == before
+    assert capsys.readouterr().out.count("complete in") == 5
+
+
+@pytest.fixture(scope="module")
+def job(pool, world, tmp_path_factory):
+    """A generate command without its output, and what it writes when nothing disturbs it; windows hold 16 prompts."""
+    command = ["--pool", pool, "--input", str(world.prompts), "--batch", "2", "--max-new-tokens", "12"]
+    command += ["--temperature", "0.7"]
+    output = tmp_path_factory.mktemp("job") / "out.jsonl"
+    call(generate, generate.Generate, *command, "--output", output)
+    return command, output.read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def read_once(request, monkeypatch):
+    """The pool is read from disk once."""
+    if "job" in request.fixturenames:
+        own = read_pool(request.getfixturevalue("pool"))
+        monkeypatch.setattr(generate, "read_pool", lambda *paths, **places: own)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"id": "kitchen-16", "te'])
+def test_a_killed_job_goes_on_behind_its_windows(job, torn, tmp_path, monkeypatch, capsys):
+    command, expected = job
+    output = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        interrupt_call(patch, generate, "_window", 1)
+        killed(capsys, generate, generate.Generate, *command, "--output", output)
+    done = output.read_bytes()
+    assert done.count(b"\n") == 16 and expected.startswith(done)
+    output.write_bytes(done + torn)
+    windows = interrupt_call(monkeypatch, generate, "_window", -1)
+    call(generate, generate.Generate, *command, "--output", output)
+    assert output.read_bytes() == expected
+    assert len(windows) == 3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.4, 0.71, 1.0])
+def test_wherever_a_job_was_cut_off_it_ends_the_same(job, share, tmp_path):
+    command, expected = job
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(expected[: int(share * len(expected))])
+    call(generate, generate.Generate, *command, "--output", output)
+    assert output.read_bytes() == expected
+
+
+def test_records_come_in_the_order_of_the_prompts(job, world):
+    ids = [json.loads(line)["id"] for file in sorted(world.prompts.iterdir()) for line in file.read_text().splitlines()]
+    assert [json.loads(line)["id"] for line in job[1].splitlines()] == ids

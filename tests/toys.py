@@ -1,0 +1,57 @@
+"""Language models about which everything is known: a table of logits is a model, its distributions are exact."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.sampling import draw, log_probs
+from jaxspec.types import Draft, Drafter, Prompt, Scores, Target
+
+
+def table_target() -> Target:
+    """Parameters are `[V, V]` logits: the next token depends on the last one alone. No state."""
+
+    def score(table, state, window, parents, sampling):
+        logits = table[window]
+        return Scores(log_probs(logits, sampling), logits, logits), state
+
+    features = lambda table, prompt: table[prompt.tokens]
+    return Target(
+        lambda table, prompt, slots: ((), features(table, prompt)), score, lambda state, verdict, parents=None: state
+    )
+
+
+def table_drafter(num_nodes: int, deterministic: bool = False) -> Drafter:
+    """Drafts with a table of its own: sampled from it, or its likeliest token with no q at all."""
+
+    def propose(table, state, tokens, length, key, sampling):
+        last = jnp.take_along_axis(tokens, length[:, None] - 1, 1)[:, 0]
+        drafted, log_qs = [], []
+        for node in range(num_nodes):
+            log_q = log_probs(table[last], sampling)
+            own = jax.vmap(lambda k, node=node: jax.random.fold_in(k, node))(key)
+            sampled = jnp.argmax(log_q, -1) if deterministic or sampling is None else jax.vmap(draw)(own, log_q)
+            last = sampled.astype(jnp.int32)
+            drafted.append(last)
+            log_qs.append(log_q)
+        log_q = None if deterministic or sampling is None else jnp.stack(log_qs, 1)
+        count = jnp.full(length.shape, num_nodes, jnp.int32)
+        return Draft(jnp.stack(drafted, 1), count, log_q), state
+
+    return Drafter(num_nodes, lambda table, prompt, slots: (), propose, lambda params, state, verdict, scores: state)
+
+
+def prompt_of(tokens, *, limit: int, seed: int = 0, draft_limit: int = 99, route=None) -> Prompt:
+    """A batch of equally long prompts `[B, P]`; row i has request number i."""
+    tokens = jnp.asarray(tokens, jnp.int32)
+    batch, length = tokens.shape
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(batch))
+    full = lambda value: jnp.full(batch, value, jnp.int32)
+    return Prompt(
+        tokens, full(length), keys, full(limit), full(draft_limit), full(-1) if route is None else jnp.asarray(route)
+    )
+
+
+def random_table(seed: int, vocab: int, sharpness: float = 1.5) -> np.ndarray:
+    """Logits of a random first-order model."""
+    return (sharpness * np.random.default_rng(seed).normal(size=(vocab, vocab))).astype(np.float32)
