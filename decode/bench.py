@@ -20,16 +20,16 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxspec import metrics, serving
+from decode.figures import Ask, Result, cluster_figures, figures, router_figures
+from jaxspec import serving
 from jaxspec.config import UserError, command_line
-from jaxspec.generate import MAX_DRAFT, Completion, Decoder, Request, Timed, bucket_of, group
+from jaxspec.generate import MAX_DRAFT, Decoder, Request, Timed, bucket_of, group
 from jaxspec.router import BASE
 from jaxspec.serving import Method
 from jaxspec.store.models import encode
-from jaxspec.store.pool import POINTS, TEST, Pool, read_pool
+from jaxspec.store.pool import TEST, Pool, read_pool
 from jaxspec.store.prompts import Line, read_prompts
-from jaxspec.store.stages import read_arrays, write_json
-from jaxspec.transformer import forward, unembed
+from jaxspec.store.stages import write_json
 
 METHODS = ("autoregressive", "base", "mixed", "routed", "random", "wrong", "oracle")
 
@@ -78,22 +78,6 @@ class Bench:
     """Another place of the pool's base drafter."""
 
 
-class Ask(NamedTuple):
-    """A prompt of the bench: its line, request, task and the route that knowing its label gives."""
-
-    line: Line
-    request: Request
-    task: str
-    oracle: int
-
-
-class Result(NamedTuple):
-    """One method on one batch: completions and seconds of one pass."""
-
-    rows: list[int]
-    timed: Timed
-
-
 def run(config: Bench) -> None:
     """Prints the table and writes the JSON."""
     _check(config)
@@ -103,19 +87,19 @@ def run(config: Bench) -> None:
     k = config.num_speculative_tokens or pool.facts["num_speculative_tokens"]
     sampled = config.temperature > 0
     spec = serving.speculative(pool, k, sampled=sampled)
-    heard: list[tuple[np.ndarray, np.ndarray]] = []
     current: list[int] = []
-    methods = _methods(config, pool, asks, current, heard)
+    methods = _methods(config, pool, asks, current)
     work = Work(config, pool, asks, batches, current)
     width, autoregressive = _fastest(work, methods["autoregressive"], sampled)
     programs = {name: autoregressive if name == "autoregressive" else spec for name in methods}
     work.warm_up(programs, methods)
-    heard.clear()
     passes = work.passes(programs, methods)
     parity = {} if sampled else work.parity(programs, methods)
-    bench = _figures(config, pool, asks, passes, parity, width, k) | {
-        "router": _router(pool, asks, batches, heard, passes, config.passes),
-        "clusters": _clusters(pool),
+    bench = {
+        **_conditions(config, pool, width, k),
+        **figures(pool, asks, passes, parity),
+        "router": router_figures(pool, asks, passes),
+        "clusters": cluster_figures(pool),
     }
     _print(bench)
     if config.json:
@@ -247,7 +231,7 @@ def _batches(asks: Sequence[Ask], config: Bench):
             yield task, [rows[i] for i in part]
 
 
-def _methods(config: Bench, pool: Pool, asks: Sequence[Ask], current: list[int], heard: list) -> dict[str, Method]:
+def _methods(config: Bench, pool: Pool, asks: Sequence[Ask], current: list[int]) -> dict[str, Method]:
     tasks = len(pool.tasks)
     rng = np.random.default_rng(config.seed)
     random = rng.integers(tasks, size=len(asks))
@@ -257,7 +241,7 @@ def _methods(config: Bench, pool: Pool, asks: Sequence[Ask], current: list[int],
     made = {}
     for name in dict.fromkeys(("autoregressive", *config.methods)):
         if name == "routed":
-            made[name] = serving.routed(pool, lambda route, probability: heard.append((route, probability)))
+            made[name] = serving.routed(pool)
         elif name in beforehand:
             made[name] = serving.given(pool, name, lambda own=beforehand[name]: own[current])
         else:
@@ -279,15 +263,7 @@ def _fastest(work: Work, method: Method, sampled: bool) -> tuple[int, Decoder]:
     return best, programs[best]
 
 
-def _figures(config: Bench, pool: Pool, asks, passes, parity, width: int, k: int) -> dict:
-    rows_of: dict[str, list[int]] = defaultdict(list)
-    for i, ask in enumerate(asks):
-        rows_of[ask.task].append(i)
-    names = list(passes[0])
-    by_row = {name: [_by_row(results[name]) for results in passes] for name in names}
-    tasks = {task: {name: _row(name, rows, by_row, parity) for name in names} for task, rows in rows_of.items()}
-    parted = _first_differences(pool, asks, by_row, parity)
-    mean = {name: _mean([tasks[task][name] for task in tasks]) for name in names}
+def _conditions(config: Bench, pool: Pool, width: int, k: int) -> dict:
     return {
         "schema": 1,
         "device": jax.devices()[0].device_kind,
@@ -301,158 +277,6 @@ def _figures(config: Bench, pool: Pool, asks, passes, parity, width: int, k: int
         "max_new_tokens": config.max_new_tokens,
         "passes": config.passes,
         "versions": {"jax": jax.__version__},
-        "tasks": tasks,
-        "mean": mean,
-        "first_differences": parted,
-    }
-
-
-class RowTime(NamedTuple):
-    """A prompt's completion and its share of its batch's seconds."""
-
-    completion: Completion
-    prefill: float
-    decode: float
-
-    @property
-    def seconds(self) -> float:
-        return self.prefill + self.decode
-
-
-def _by_row(results: list[Result]) -> dict[int, RowTime]:
-    found = {}
-    for rows, timed in results:
-        share = 1 / len(rows)
-        prefill = (timed.prefill_seconds + timed.route_seconds) * share
-        for i, completion in zip(rows, timed.completions, strict=True):
-            found[i] = RowTime(completion, prefill, timed.decode_seconds * share)
-    return found
-
-
-def _row(name: str, rows: list[int], by_row: dict, parity: dict) -> dict:
-    """One method on one task."""
-    last = by_row[name][-1]
-    figures = metrics.measures(metrics.total([last[i].completion.counts for i in rows]))
-    median = lambda get: statistics.median(sum(get(one[i]) for i in rows) for one in by_row[name])
-    equal = lambda ids: float(np.mean([last[i].completion.ids == ids(i) for i in rows]))
-    fastest = by_row["autoregressive"][-1]
-    return {
-        "prompts": len(rows),
-        "seconds": median(lambda t: t.seconds),
-        "prefill_seconds": median(lambda t: t.prefill),
-        "decode_seconds": median(lambda t: t.decode),
-        **figures,
-        "equal_to_autoregressive": equal(lambda i: parity[name][i]) if parity else None,
-        "equal_to_fastest_autoregressive": equal(lambda i: fastest[i].completion.ids) if parity else None,
-        "speedup_vs_autoregressive": _speedup(by_row, "autoregressive", name, rows),
-        "speedup_vs_base": _speedup(by_row, "base", name, rows),
-    }
-
-
-def _speedup(by_row: dict, against: str, name: str, rows: list[int]) -> float | None:
-    """Median over passes of the ratio of totals over a task's prompts; tokens a second where lengths differ."""
-    if against not in by_row:
-        return None
-    rate = lambda one: sum(len(one[i].completion.ids) for i in rows) / sum(one[i].seconds for i in rows)
-    return statistics.median(rate(a) / rate(b) for a, b in zip(by_row[name], by_row[against], strict=True))
-
-
-def _mean(rows: list[dict]) -> dict:
-    """Plain mean over tasks of every figure that has a value in all of them."""
-    out = {}
-    for key, first in rows[0].items():
-        values = [row[key] for row in rows]
-        if any(value is None for value in values):
-            out[key] = None
-        elif isinstance(first, list):
-            out[key] = np.mean(values, axis=0).tolist()
-        else:
-            out[key] = float(np.mean(values))
-    return out
-
-
-def _first_differences(pool: Pool, asks, by_row: dict, parity: dict) -> list[dict]:
-    """Where the timed autoregressive program and the one of the methods' width part, with the two logits there."""
-    if not parity:
-        return []
-    timed = by_row["autoregressive"][-1]
-    other = next((name for name in parity if name != "autoregressive"), "autoregressive")
-    parted = []
-    for i, ask in enumerate(asks):
-        a, b = timed[i].completion.ids, parity[other][i]
-        if a != b:
-            at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-            parted.append({"id": ask.line.id, "task": ask.task, "position": at, **_two_logits(pool, ask, a, b, at)})
-    return parted
-
-
-def _two_logits(pool: Pool, ask: Ask, a: list[int], b: list[int], at: int) -> dict:
-    if at >= min(len(a), len(b)):
-        return {"tokens": None, "logits": None}
-    ids = [*ask.request.ids, *a[:at]]
-    tokens = np.zeros((1, bucket_of(len(ids))), np.int32)
-    tokens[0, : len(ids)] = ids
-    target = pool.pair.target
-    hidden = forward(target.config, target.params, tokens)[:, len(ids) - 1]
-    logits = np.asarray(unembed(target.config, target.params, hidden))[0]
-    return {"tokens": [a[at], b[at]], "logits": [float(logits[a[at]]), float(logits[b[at]])]}
-
-
-def _router(pool: Pool, asks, batches, heard, passes, number: int) -> dict | None:
-    if not heard or "routed" not in passes[0]:
-        return None
-    route = np.full(len(asks), BASE)
-    for (_, rows), (routes, _) in zip(batches, heard, strict=False):
-        route[rows] = routes
-    labels = pool.facts["labels"]
-    known = [i for i, ask in enumerate(asks) if ask.task in labels or "cluster" in ask.line.settings]
-    right = [_right(pool, asks[i], route[i]) for i in known]
-    agree = [route[i] == asks[i].line.settings["cluster"] for i in known if "cluster" in asks[i].line.settings]
-    timed = [result.timed for results in passes for result in results["routed"]]
-    milliseconds = [1e3 * t.route_seconds / len(t.completions) for t in timed]
-    first = [t.prefill_seconds + t.route_seconds for t in timed]
-    tasks = sorted({ask.task for ask in asks})
-    counts = [
-        [sum(ask.task == task and int(route[i]) == t for i, ask in enumerate(asks)) for t in _columns(pool)]
-        for task in tasks
-    ]
-    return {
-        "accuracy": float(np.mean(right)) if right else None,
-        "agreement_with_partition": float(np.mean(agree)) if agree else None,
-        "milliseconds": statistics.median(milliseconds),
-        "share_of_time_to_first_token": statistics.median(
-            t.route_seconds / f for t, f in zip(timed, first, strict=True)
-        ),
-        "fallback_rate": float(np.mean(route == BASE)),
-        "confusion": {"tasks": tasks, "drafters": [*_names(pool), "base"], "counts": counts},
-    }
-
-
-def _right(pool: Pool, ask: Ask, route: int) -> bool:
-    """Whether the drafter's cluster has the prompt's label as its majority; without labels, whether it is its cluster."""
-    if route == BASE:
-        return False
-    if ask.task in pool.facts["labels"]:
-        return pool.facts["labels"][route] == ask.task
-    return route == ask.line.settings["cluster"]
-
-
-def _columns(pool: Pool) -> list[int]:
-    return [*range(len(pool.tasks)), BASE]
-
-
-def _names(pool: Pool) -> list[str]:
-    labels = pool.facts["labels"]
-    return [f"{name} ({label})" if label else name for name, label in zip(pool.tasks, labels, strict=True)]
-
-
-def _clusters(pool: Pool) -> dict:
-    data = read_arrays(pool.path / POINTS)
-    return {
-        "points": np.round(data["points"], 4).tolist(),
-        "cluster": data["cluster"].tolist(),
-        "task": [label or None for label in data["label"].tolist()],
-        "names": _names(pool),
     }
 
 

@@ -76,6 +76,6 @@ def top_terms(texts: Sequence[str], task: np.ndarray, tasks: int, number: int = 
     """The words that set each cluster's cleaned texts apart: highest TF-IDF of the cluster as one document."""
     joined = [" ".join(text for text, own in zip(texts, task, strict=True) if own == t) or "-" for t in range(tasks)]
     vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\S+")
-    weights = vectorizer.fit_transform(joined)
+    weights = vectorizer.fit_transform(joined).toarray()
     words = vectorizer.get_feature_names_out()
-    return [[str(words[i]) for i in np.argsort(-weights[t].toarray()[0])[:number]] for t in range(tasks)]
+    return [[str(words[i]) for i in np.argsort(-own)[:number] if own[i] > 0] for own in weights]

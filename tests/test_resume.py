@@ -12,6 +12,8 @@ from jaxspec.store.pool import read_pool
 from train import __main__ as pipeline
 from train import align, trace
 
+NEVER = -1
+WINDOW = 16
 
 def call(module, config_type, *argv):
     command_line(config_type, module.run, argv=[str(word) for word in argv])
@@ -26,7 +28,7 @@ def killed(capsys, module, config_type, *argv):
 
 
 def interrupt_call(monkeypatch, module, name: str, number: int) -> list:
-    """From its call `number` on, `module.name` is an interrupt; returns the calls that went through."""
+    """Makes call `number` of `module.name`, counted from 0, an interrupt; returns the calls that went through."""
     real, calls = getattr(module, name), []
 
     def counted(*args, **settings):
@@ -61,7 +63,7 @@ def test_a_killed_trace_goes_on_behind_its_shards(finished, preset, tmp_path, mo
         killed(capsys, *command)
     done = state_of(tmp_path)
     assert [file.name for file in done if file.suffix == ".npz"] == ["shard-00000.npz"]
-    written = interrupt_call(monkeypatch, trace, "write_arrays", -1)
+    written = interrupt_call(monkeypatch, trace, "write_arrays", NEVER)
     call(*command)
     expected = Path(finished.out, "trace")
     assert_same_shards(tmp_path / "trace", expected)
@@ -79,11 +81,11 @@ def test_a_killed_alignment_goes_on_from_its_checkpoints(finished, preset, out_w
         with monkeypatch.context() as patch:
             steps.append(interrupt_call(patch, align, "schedule", number))
             killed(capsys, *command)
-    steps.append(interrupt_call(monkeypatch, align, "schedule", -1))
+    steps.append(interrupt_call(monkeypatch, align, "schedule", NEVER))
     call(*command)
     began = [[step for step, total, *_ in own if total == finished.align.steps][:1] for own in steps]
-    assert began == [[0], [2], []]
-    assert [step for step, *_ in steps[2]][:1] == [4]
+    assert began == [[0], [2], []]  # a checkpoint every second step
+    assert steps[2][0][0] == 4
     for name in ("bank.safetensors", "mixed.safetensors"):
         assert (out / "align" / name).read_bytes() == Path(finished.out, "align", name).read_bytes()
 
@@ -98,8 +100,8 @@ def test_a_finished_pipeline_is_left_alone(preset, out_with, capsys):
 
 @pytest.fixture(scope="module")
 def job(pool, world, tmp_path_factory):
-    """A generate command without its output, and what it writes when nothing disturbs it; windows hold 16 prompts."""
-    command = ["--pool", pool, "--input", str(world.prompts), "--batch", "2", "--max-new-tokens", "12"]
+    """A generate command without its output, and what it writes when nothing disturbs it."""
+    command = ["--pool", pool, "--input", str(world.prompts), "--batch", WINDOW // 8, "--max-new-tokens", "12"]
     command += ["--temperature", "0.7"]
     output = tmp_path_factory.mktemp("job") / "out.jsonl"
     call(generate, generate.Generate, *command, "--output", output)
@@ -122,21 +124,23 @@ def test_a_killed_job_goes_on_behind_its_windows(job, torn, tmp_path, monkeypatc
         interrupt_call(patch, generate, "_window", 1)
         killed(capsys, generate, generate.Generate, *command, "--output", output)
     done = output.read_bytes()
-    assert done.count(b"\n") == 16 and expected.startswith(done)
+    assert done.count(b"\n") == WINDOW and expected.startswith(done)
     output.write_bytes(done + torn)
-    windows = interrupt_call(monkeypatch, generate, "_window", -1)
+    windows = interrupt_call(monkeypatch, generate, "_window", NEVER)
     call(generate, generate.Generate, *command, "--output", output)
     assert output.read_bytes() == expected
     assert len(windows) == 3
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.4, 0.71, 1.0])
-def test_wherever_a_job_was_cut_off_it_ends_the_same(job, share, tmp_path):
+def test_wherever_a_job_was_cut_off_it_ends_the_same(job, share, tmp_path, monkeypatch):
     command, expected = job
     output = tmp_path / "out.jsonl"
     output.write_bytes(expected[: int(share * len(expected))])
+    windows = interrupt_call(monkeypatch, generate, "_window", NEVER)
     call(generate, generate.Generate, *command, "--output", output)
     assert output.read_bytes() == expected
+    assert {rows.start % WINDOW for *_, rows in windows} <= {0}  # batches as they would have been, to the bit
 
 
 def test_records_come_in_the_order_of_the_prompts(job, world):

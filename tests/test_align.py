@@ -1,0 +1,126 @@
+"""Laws of alignment: what divergences mean, that training lowers rejection, and that packing changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxspec import align
+from jaxspec.packing import as_batch, pack, packed_rows, places
+from jaxspec.store.traces import Traces
+
+VOCAB = 6
+
+
+def log_softmax(seed: int, *shape: int) -> np.ndarray:
+    return np.asarray(jax.nn.log_softmax(jnp.asarray(np.random.default_rng(seed).normal(size=shape, scale=2.0)), -1))
+
+
+def traces(number: int = 9, top: int = 3, seed: int = 0) -> Traces:
+    rng = np.random.default_rng(seed)
+    prompt_length = rng.integers(1, 6, number)
+    outputs = rng.integers(1, 8, number)
+    tokens = [rng.integers(0, VOCAB, p + o).astype(np.int32) for p, o in zip(prompt_length, outputs, strict=True)]
+    log_p = log_softmax(seed, number, 8, VOCAB)
+    ids = np.argsort(-log_p, axis=-1)[..., :top]
+    kept = np.take_along_axis(log_p, ids, -1)
+    tail = np.log1p(-np.exp(kept).sum(-1))
+    none = np.zeros(number)
+    return Traces([{}] * number, tokens, prompt_length, ids, kept, tail, none, none, none, {})
+
+
+@pytest.mark.parametrize("name", align.DIVERGENCES)
+def test_a_divergence_is_zero_at_p_and_its_gradient_is_right(name):
+    divergence = align.DIVERGENCES[name]
+    log_p, logits = jnp.asarray(log_softmax(0, VOCAB)), jnp.asarray(np.random.default_rng(1).normal(size=VOCAB))
+    assert float(divergence(log_p, log_p)) == pytest.approx(0.0, abs=1e-6)
+    value = lambda x: divergence(jax.nn.log_softmax(x), log_p)
+    gradient = jax.grad(value)(logits)
+    h = 1e-2  # central differences in float32: error h^2 / 6 of a third derivative below 1, plus 1e-7 / h
+    for v in range(VOCAB):
+        step = h * jnp.eye(VOCAB)[v]
+        assert float(gradient[v]) == pytest.approx(
+            float(value(logits + step) - value(logits - step)) / (2 * h), abs=2e-3
+        )
+
+
+def test_total_variation_is_the_rejection_rate():
+    number = 40_000
+    log_p, log_q = (jnp.asarray(log_softmax(s, VOCAB)) for s in (2, 3))
+    drafted = jax.random.categorical(jax.random.key(0), log_q, shape=(number,))
+    u = jax.random.uniform(jax.random.key(1), (number,))
+    rejected = float(jnp.mean(u * jnp.exp(log_q[drafted]) >= jnp.exp(log_p[drafted])))
+    rate = float(align.total_variation(log_q, log_p))
+    assert abs(rejected - rate) < 4 * np.sqrt(rate * (1 - rate) / number)
+
+
+@pytest.mark.parametrize("name", align.DIVERGENCES)
+def test_every_loss_raises_acceptance(name):
+    log_p = jnp.asarray(log_softmax(4, VOCAB, VOCAB))
+    tx = optax.adam(0.05)
+    table = jnp.zeros((VOCAB, VOCAB))
+
+    def step(carry, _):
+        table, opt = carry
+        loss = lambda t: align.DIVERGENCES[name](jax.nn.log_softmax(t), log_p).mean()
+        updates, opt = tx.update(jax.grad(loss)(table), opt)
+        return (optax.apply_updates(table, updates), opt), None
+
+    rejection = lambda t: float(align.total_variation(jax.nn.log_softmax(t), log_p).mean())
+    (after, _), _ = jax.lax.scan(step, (table, tx.init(table)), length=300)
+    assert rejection(after) < rejection(table) / 5
+
+
+def test_a_tail_keeps_the_mass():
+    log_q = jnp.asarray(log_softmax(5, 4, VOCAB))
+    ids = jnp.argsort(-log_q, -1)[:, :2]
+    coarse = np.exp(align.coarse(log_q, ids))
+    np.testing.assert_allclose(coarse.sum(-1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(
+        coarse[:, :2], np.exp(np.take_along_axis(np.asarray(log_q), np.asarray(ids), -1)), rtol=1e-5
+    )
+
+
+def test_rows_hold_every_example_once_an_epoch_and_never_overflow():
+    lengths = np.random.default_rng(0).integers(1, 40, 50)
+    rows = pack(lengths, range(50), 48)
+    assert sorted(i for row in rows for i in row) == list(range(50))
+    assert all(sum(lengths[i] for i in row) <= 48 for row in rows)
+    assert packed_rows(lengths, np.arange(50), 99, 48, seed=1) == packed_rows(lengths, np.arange(50), 99, 48, seed=1)
+
+
+@pytest.mark.parametrize("row_tokens", [32, 8])
+def test_packed_places_are_those_of_the_examples_alone(row_tokens):
+    """A model that looks up the current token: packed or alone, the same tokens are predicted from the same tokens."""
+    log = traces()
+    rows = pack([len(t) for t in log.tokens], range(9), row_tokens)
+    batch = as_batch(log, rows, row_tokens, places(log, rows, row_tokens))
+    found = []
+    for r in range(len(rows)):
+        for m in np.flatnonzero(batch.mask[r]):
+            at = batch.at[r, m]
+            found.append((batch.tokens[r, at], batch.emitted[r, m], tuple(batch.top_ids[r, m])))
+    expected = []
+    for i, own in enumerate(log.tokens):
+        for place in range(len(own) - log.prompt_length[i]):
+            at = log.prompt_length[i] + place
+            if len(own) - (at - 1) <= row_tokens:
+                expected.append((own[at - 1], own[at], tuple(log.top_ids[i, place])))
+    assert sorted(found) == sorted(expected)
+
+
+def test_a_step_of_the_aligner_moves_down_and_skips_masked_places():
+    log = traces()
+    rows = pack([len(t) for t in log.tokens], range(9), 32)
+    batch = as_batch(log, rows, 32, places(log, rows, 32))
+    log_q = lambda frozen, table, tokens, segments, at: jax.nn.log_softmax(table[jnp.take_along_axis(tokens, at, 1)])
+    aligner = align.aligner(log_q, align.forward_kl, align.optimiser())
+    state = aligner.init(jnp.zeros((VOCAB, VOCAB)))
+    first, _, count = aligner.evaluate((), state.params, batch)
+    assert int(count) == sum(len(t) for t in log.tokens) - log.prompt_length.sum()
+    for _ in range(20):
+        state, _ = aligner.step((), state, batch, 0.1)
+    assert float(aligner.evaluate((), state.params, batch)[0]) < float(first)
+    spoiled = batch._replace(log_p=np.where(batch.mask[..., None], batch.log_p, 7.0))
+    assert float(aligner.evaluate((), state.params, spoiled)[0]) == float(aligner.evaluate((), state.params, batch)[0])

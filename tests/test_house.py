@@ -1,0 +1,74 @@
+"""The house: imports run one way, only store touches files, and the README shows the tree and commands that are there."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "jaxspec"
+ALLOWED = {
+    "types": set(),
+    "config": set(),
+    "metrics": {"types"},
+    "sampling": {"types"},
+    "adapters": set(),
+    "transformer": {"adapters"},
+    "encoder": set(),
+    "verify": {"types", "sampling"},
+    "target": {"types", "sampling", "transformer"},
+    "drafters": {"types", "sampling", "transformer", "adapters", "drafters"},
+    "speculate": {"types", "sampling", "verify"},
+    "generate": {"types", "sampling", "speculate", "metrics"},
+    "align": set(),
+    "router": set(),
+    "tasks": {"store"},
+    "packing": {"align", "store"},
+    "serving": {"router", "verify", "drafters", "generate", "store", "target"},
+    "store": {"config", "router", "adapters", "transformer", "encoder", "store", "align"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(LIBRARY.rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_follow_the_map(file):
+    parts = file.relative_to(LIBRARY).with_suffix("").parts
+    own = parts[0]
+    if own == "__init__":
+        return
+    used = {name.split(".")[1] for name in imports(file) if name.startswith("jaxspec.")}
+    assert used & ALLOWED.keys() <= ALLOWED[own] | ({own} if len(parts) > 1 else set())
+    assert not any(name.split(".")[0] in ("train", "decode", "torch") for name in imports(file))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "train").glob("*.py")), ids=lambda f: f.name)
+def test_stages_meet_on_disk(file):
+    others = {"train", "decode"} - ({"train"} if file.stem in ("__main__", "pretrain") else set())
+    assert not any(name.split(".")[0] in others for name in imports(file))
+
+
+def test_the_readmes_tree_is_the_tree():
+    tree = re.search(r"```\njaxspec/.*?```", (ROOT / "README.md").read_text(), re.S).group()
+    named = set(re.findall(r"^    (\w+(?:\.py|/))", tree, re.M))
+    there = {f.name for f in LIBRARY.glob("*.py") if f.name != "__init__.py"}
+    there |= {f"{d.name}/" for d in LIBRARY.iterdir() if d.is_dir() and d.name != "__pycache__"}
+    assert named == there
+
+
+@pytest.mark.parametrize("command", ["train", "train.align", "decode.generate", "decode.bench", "decode.report"])
+def test_the_readmes_commands_explain_themselves(command):
+    assert f"python -m {command}" in (ROOT / "README.md").read_text()
+    done = subprocess.run([sys.executable, "-m", command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage" in done.stdout
