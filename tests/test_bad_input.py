@@ -220,6 +220,12 @@ def test_a_setting_that_will_not_do(refused, preset, out_with, stage, argv, part
     call(stage, "--config", preset, "--out", out)  # the mistake does not stand in the way of what is right
 
 
+def test_as_many_clusters_as_prompts_are_made_when_asked_for(preset, out_with):
+    out = out_with("trace")
+    call("partition", "--config", preset, "--out", out, "--partition.num-clusters", "48")
+    assert json.loads((out / "partition" / "manifest.json").read_text())["results"]["tasks"] == 48
+
+
 def test_every_command_has_good_numbers(experiment):
     for config in (experiment, Experiment(), bench.Bench(pool="p"), generate.Generate(pool="p", input="i", output="o")):
         check_numbers(config)

@@ -15,6 +15,7 @@ from train import align, trace
 NEVER = -1
 WINDOW = 16
 
+
 def call(module, config_type, *argv):
     command_line(config_type, module.run, argv=[str(word) for word in argv])
 
