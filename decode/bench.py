@@ -52,7 +52,7 @@ class Bench:
     """Any of autoregressive, base, mixed, routed, random, wrong, oracle."""
     batch: int = 1
     """Prompts decoded together."""
-    smallest_bucket: int = 64
+    smallest_bucket: int = 32
     """Prompts are padded to at least so many tokens; a large value means fewer programs to compile."""
     passes: int = 3
     """Timed passes over all prompts."""
@@ -155,10 +155,10 @@ class Work(NamedTuple):
                 done.append(results)
         return done
 
-    def parity(self, programs: dict[str, Decoder], methods: dict[str, Method]) -> dict[str, list[list[int]]]:
+    def parity(self, programs: dict[str, Decoder], methods: dict[str, Method]) -> dict[str, dict[int, list[int]]]:
         """Each method's program and parameters with nothing drafted: autoregressive decoding, bit for bit comparable."""
         same: dict[tuple, list[list[int]]] = {}
-        outputs: dict[str, list[list[int]]] = {name: [] for name in methods}
+        outputs: dict[str, dict[int, list[int]]] = {name: {} for name in methods}
         for _, rows in tqdm(self.batches, desc="parity", leave=False):
             same.clear()
             for name, method in methods.items():
@@ -168,7 +168,7 @@ class Work(NamedTuple):
                 if kind not in same:
                     timed = self.decode(programs[name], method, rows, draft_limit=0)
                     same[kind] = [c.ids for c in timed.completions]
-                outputs[name] += same[kind]
+                outputs[name] |= dict(zip(rows, same[kind], strict=True))
         return outputs
 
 

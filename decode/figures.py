@@ -35,7 +35,7 @@ class Result(NamedTuple):
 Pass = dict[str, list[Result]]
 
 
-def figures(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass], parity: dict[str, list[list[int]]]) -> dict:
+def figures(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass], parity: dict[str, dict[int, list[int]]]) -> dict:
     """`tasks`, `mean` and `first_differences` of the bench's JSON.
 
     Args:

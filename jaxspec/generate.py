@@ -20,7 +20,7 @@ from jaxspec.sampling import row_key
 from jaxspec.speculate import run, speculator
 from jaxspec.types import Drafter, Prompt, Sampling, SpecInfo, SpecParams, Target
 
-BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 MAX_DRAFT = 16  # slack in every buffer, so that programs of all draft lengths share one prefill
 
 

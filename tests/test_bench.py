@@ -1,0 +1,55 @@
+"""The bench's figures: equality holds for every prompt whatever its bucket, and the JSON has the fields that it promises."""
+
+import json
+
+import pytest
+
+from decode.bench import Bench, run
+
+FIELDS = {
+    "prompts", "tokens", "seconds", "prefill_seconds", "decode_seconds", "draft_accuracy", "draft_acceptance_rate",
+    "mean_acceptance_length", "acceptance_by_position", "equal_to_autoregressive", "equal_to_fastest_autoregressive",
+    "speedup_vs_autoregressive", "speedup_vs_base",
+}  # fmt: skip
+METHODS = ("autoregressive", "base", "mixed", "routed", "random", "wrong", "oracle")
+
+
+@pytest.fixture(scope="module")
+def bench(pool, tmp_path_factory):
+    """Short and long prompts in turn, so that batches by bucket are not in the order of the prompts."""
+    folder = tmp_path_factory.mktemp("bench")
+    words = "the cat sat on the mat and looked at the moon "
+    prompts = [{"id": str(i), "task": "one", "prompt": f"{i} {words * (1 + 2 * (i % 2 == 0))}"} for i in range(6)]
+    (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
+    out = folder / "bench.json"
+    run(
+        Bench(
+            pool=str(pool),
+            prompts=str(folder / "eval.jsonl"),
+            json=str(out),
+            methods=METHODS,
+            passes=1,
+            max_new_tokens=8,
+            widths=(1, 2),
+            num_speculative_tokens=2,
+        )
+    )
+    return json.loads(out.read_text())
+
+
+def test_every_method_emits_what_autoregressive_decoding_emits(bench):
+    for name in METHODS:
+        row = bench["tasks"]["one"][name]
+        assert row["equal_to_autoregressive"] == 1.0
+        assert row["prompts"] == 6
+        assert row["tokens"] == bench["tasks"]["one"]["autoregressive"]["tokens"]
+
+
+def test_the_json_has_its_fields(bench):
+    assert bench["schema"] == 1 and bench["autoregressive_width"] in (1, 2)
+    for name in METHODS:
+        assert bench["tasks"]["one"][name].keys() == bench["mean"][name].keys() == FIELDS
+    assert bench["tasks"]["one"]["autoregressive"]["draft_accuracy"] is None
+    assert bench["tasks"]["one"]["autoregressive"]["speedup_vs_autoregressive"] == 1.0
+    counts = bench["router"]["confusion"]["counts"]
+    assert sum(map(sum, counts)) == 6
