@@ -71,7 +71,9 @@ class Align:
     alpha: float = 32.0
     """LoRA scale: the update is alpha / rank times B A."""
     steps: int = 200
-    """Optimiser steps of each specialist."""
+    """Optimiser steps of each specialist, its share of the trunk's included."""
+    trunk: float = 0.5
+    """Share of the steps that all specialists take together, on the union, before each goes on with its own task."""
     rows: int = 8
     """Packed sequences of one task in a step."""
     row_tokens: int = 256

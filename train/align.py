@@ -2,12 +2,13 @@
 
     python -m train.align --config configs/testbed.py --out runs/testbed ...
 
-The specialists are trained side by side; `mixed` sees the union for as many steps x tokens as all of them together, as
-LoRA of the bank's rank and as a full fine-tune, and the better on the calibrate split is kept. The target never runs.
+The specialists start from a trunk that has seen the union, and are trained side by side; `mixed` sees the union for as
+many steps x tokens as trunk and specialists together, as LoRA of the bank's rank and as a full fine-tune, and the better
+on the calibrate split is kept. The target never runs.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,8 +59,10 @@ def run(experiment: Experiment) -> None:
     partition = read_arrays(Path(experiment.out, "partition", "partition.npz"))
     draft = read_model(experiment.draft, jnp.dtype(experiment.dtype))
     vocab_size = read_config(experiment.target).vocab_size
-    courses = _courses(experiment, traces, partition, draft, vocab_size)
-    results = {course.name: _train(experiment, traces, course, stage.folder) for course in courses}
+    results: dict[str, dict] = {}
+    for course in _courses(experiment, traces, partition, draft, vocab_size, results):
+        results[course.name] = _train(experiment, traces, course, stage.folder)
+    results.get("trunk", {}).pop("params", None)
     kept = max(("mixed_lora", "mixed_full"), key=lambda name: results[name]["agreement"])
     scale = experiment.align.alpha / experiment.align.rank
     write_tree(stage.folder / "bank.safetensors", scaled(results["bank"].pop("params"), scale))
@@ -73,7 +76,10 @@ def run(experiment: Experiment) -> None:
     print(f"align: mixed is {kept}")
 
 
-def _courses(experiment: Experiment, traces: Traces, partition: dict, draft: Model, vocab_size: int) -> list[Course]:
+def _courses(
+    experiment: Experiment, traces: Traces, partition: dict, draft: Model, vocab_size: int, results: dict[str, dict]
+) -> Iterator[Course]:
+    """The runs in order; the bank starts from what `results` say that the trunk has learnt."""
     spec = experiment.align
     task, split = partition["task"], partition["split"]
     tasks = len(partition["centroids"])
@@ -86,20 +92,24 @@ def _courses(experiment: Experiment, traces: Traces, partition: dict, draft: Mod
 
     own = lambda name, t: np.flatnonzero((split == name) & (task == t))
     union = lambda name: np.flatnonzero(split == name)
-    specialists = [rows(own(0, t), spec.steps * spec.rows) for t in range(tasks)]
-    everything = [rows(union(0), tasks * spec.steps * spec.rows)]
+    long = tasks * spec.steps
+    shared = round(spec.trunk * spec.steps)
+    specialists = [rows(own(0, t), (spec.steps - shared) * spec.rows) for t in range(tasks)]
+    everything = [rows(union(0), long * spec.rows)]
     held = [rows(own(1, t), CALIBRATE_ROWS) for t in range(tasks)]
     held_union = [[row for rows_of_task in held for row in rows_of_task]]
-    fresh = lambda number: init_bank(draft.params, key, tasks=number, rank=spec.rank)
+    fresh = init_bank(draft.params, key, tasks=1, rank=spec.rank)
     masters = jax.tree.map(lambda x: x[None].astype(jnp.float32), draft.params)
     lora = _aligner(experiment, partial(_lora_log_q, draft, spec.alpha / spec.rank, vocab_size))
     full = _aligner(experiment, partial(_full_log_q, draft, vocab_size))
-    long = tasks * spec.steps
-    return [
-        Course("bank", lora, draft.params, fresh(tasks), specialists, held, spec.steps, spec.learning_rates),
-        Course("mixed_lora", lora, draft.params, fresh(1), everything, held_union, long, spec.learning_rates),
-        Course("mixed_full", full, (), masters, everything, held_union, long, spec.full_learning_rates),
-    ]
+    over_union = (everything, held_union)
+    if shared:
+        yield Course("trunk", lora, draft.params, fresh, *over_union, tasks * shared, spec.learning_rates)
+    trunk = results["trunk"]["params"] if shared else fresh
+    each = jax.tree.map(lambda x: jnp.repeat(x, tasks, axis=0), trunk)
+    yield Course("bank", lora, draft.params, each, specialists, held, spec.steps - shared, spec.learning_rates)
+    yield Course("mixed_lora", lora, draft.params, fresh, *over_union, long, spec.learning_rates)
+    yield Course("mixed_full", full, (), masters, *over_union, long, spec.full_learning_rates)
 
 
 def _aligner(experiment: Experiment, log_q: Callable) -> Aligner:

@@ -21,7 +21,7 @@ from jaxspec import verify
 from jaxspec.config import Experiment, Trace, UserError, command_line, plain
 from jaxspec.drafters import lm_drafter
 from jaxspec.drafters.lm import LMDrafterParams
-from jaxspec.generate import MAX_DRAFT, Recorder, Request, bucket_of, complete, decoder, group, pool_features
+from jaxspec.generate import MAX_DRAFT, Recorder, Request, complete, decoder, group, pool_features
 from jaxspec.store.models import Pair, encode, read_pair
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import Stage, digest_of, finish, open_stage, write_arrays, write_whole
@@ -29,6 +29,7 @@ from jaxspec.target import lm_target
 from jaxspec.transformer import forward, unembed
 
 FEWEST = 10  # below that a tenth of the log is less than a prompt
+READ = 64  # whole texts are padded to a multiple of so many tokens: few programs, little padding
 ARRAYS = ("top_ids", "top_log_p", "tail_log_p", "draft")
 
 
@@ -42,8 +43,7 @@ def run(experiment: Experiment) -> None:
         return print(f"trace: complete in {stage.folder}")
     lines, requests, left_out = _fitting(experiment, pair, lines)
     write_whole(stage.folder / "log.jsonl", partial(_write_log, lines=lines))
-    forced = [experiment.trace.use_responses and line.response is not None for line in lines]
-    jobs = _jobs(requests, forced, experiment.trace)
+    jobs = _jobs(experiment, pair, lines, requests)
     decode = _decoding(experiment, pair)
     read = _reading(experiment, pair)
     tokens = 0
@@ -104,15 +104,22 @@ def _fitting(experiment: Experiment, pair: Pair, lines: Sequence[Line]):
     return [lines[i] for i in fits], requests, len(lines) - len(fits)
 
 
-def _jobs(requests: Sequence[Request], forced: Sequence[bool], spec: Trace) -> list[tuple[bool, list[int]]]:
-    jobs = []
-    for kind in (False, True):
-        rows = [i for i, is_forced in enumerate(forced) if is_forced == kind]
-        jobs += [
-            (kind, [rows[i] for i in part])
-            for part in group([requests[i] for i in rows], spec.batch, spec.smallest_bucket)
-        ]
-    return jobs
+def _jobs(experiment: Experiment, pair: Pair, lines: Sequence[Line], requests: Sequence[Request]):
+    """Batches as (whether their responses are given, rows): by prompt bucket to decode, by whole length to read."""
+    spec = experiment.trace
+    forced = [spec.use_responses and line.response is not None for line in lines]
+    free = [i for i, is_forced in enumerate(forced) if not is_forced]
+    jobs = [
+        (False, [free[i] for i in part])
+        for part in group([requests[i] for i in free], spec.batch, spec.smallest_bucket)
+    ]
+    whole = {
+        i: len(requests[i].ids) + min(len(_response(pair, lines[i])), spec.max_new_tokens)
+        for i, is_forced in enumerate(forced)
+        if is_forced
+    }
+    rows = sorted(whole, key=whole.__getitem__)
+    return jobs + [(True, rows[at : at + spec.batch]) for at in range(0, len(rows), spec.batch)]
 
 
 def _response(pair: Pair, line: Line) -> list[int]:
@@ -231,10 +238,9 @@ def _reading(experiment: Experiment, pair: Pair):
         room = spec.max_new_tokens
         responses = [r[:room] for r in responses]
         arrays = _texts(requests, responses, room)
-        whole = np.zeros(
-            (spec.batch, bucket_of(max(len(r.ids) for r in requests), spec.smallest_bucket) + room), np.int32
-        )
-        whole[: len(requests), : arrays["tokens"].shape[1]] = arrays["tokens"]
+        longest = int(arrays["length"].max())
+        whole = np.zeros((spec.batch, -(-longest // READ) * READ), np.int32)
+        whole[: len(requests), :longest] = arrays["tokens"][:, :longest]
         pad = lambda x: np.pad(x, (0, spec.batch - len(requests)), constant_values=1)
         lengths = pad(arrays["prompt_length"]), pad(arrays["length"])
         out = jax.device_get(score(pair.target.params, pair.draft.params, whole, *lengths, room))
