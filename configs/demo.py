@@ -1,6 +1,6 @@
 """The embedded default: eight families of generated prompts, and the two small models shipped in `configs/demo`.
 
-The models were made by `python -m train.pretrain --out configs/demo --batch 16 --target.steps 1500 --draft.steps 80`.
+The models were made by `python -m train.pretrain --out configs/demo --batch 16 --target.steps 2000 --draft.steps 80`.
 """
 
 from pathlib import Path

@@ -23,14 +23,15 @@ from tqdm import tqdm
 from decode.figures import Ask, Result, cluster_figures, figures, router_figures
 from jaxspec import serving
 from jaxspec.config import UserError, command_line
-from jaxspec.generate import MAX_DRAFT, Decoder, Request, Timed, bucket_of, group
+from jaxspec.engine import Engine, Method
+from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
 from jaxspec.router import BASE
-from jaxspec.serving import Method
 from jaxspec.store.models import encode
-from jaxspec.store.pool import TEST, Pool, read_pool
+from jaxspec.store.pool import TEST, Pool, load_pool
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import write_json
 
+REFILLS = 4  # prompts that a slot serves in one measured batch
 METHODS = ("autoregressive", "base", "mixed", "routed", "random", "wrong", "oracle")
 
 
@@ -51,7 +52,9 @@ class Bench:
     methods: tuple[str, ...] = ("autoregressive", "base", "mixed", "routed", "random", "oracle")
     """Any of autoregressive, base, mixed, routed, random, wrong, oracle."""
     batch: int = 1
-    """Prompts decoded together."""
+    """Slots: prompts decoded together; a finished one's slot is filled again."""
+    admit_rows: int = 1
+    """Prompts read together when slots fall free."""
     smallest_bucket: int = 32
     """Prompts are padded to at least so many tokens; a large value means fewer programs to compile."""
     passes: int = 3
@@ -81,20 +84,19 @@ class Bench:
 def run(config: Bench) -> None:
     """Prints the table and writes the JSON."""
     _check(config)
-    pool = read_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype)
+    pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype)
     asks = _asks(config, pool)
     batches = list(_batches(asks, config))
     k = config.num_speculative_tokens or pool.facts["num_speculative_tokens"]
     sampled = config.temperature > 0
-    spec = serving.speculative(pool, k, sampled=sampled)
-    current: list[int] = []
-    methods = _methods(config, pool, asks, current)
-    work = Work(config, pool, asks, batches, current)
-    width, autoregressive = _fastest(work, methods["autoregressive"], sampled)
-    programs = {name: autoregressive if name == "autoregressive" else spec for name in methods}
-    work.warm_up(programs, methods)
-    passes = work.passes(programs, methods)
-    parity = {} if sampled else work.parity(programs, methods)
+    shape = _shape(config, asks)
+    spec = serving.speculative(pool, k, sampled=sampled, **shape)
+    work = Work(config, asks, batches, _methods(config, pool, asks))
+    width, autoregressive = _fastest(work, pool, shape, sampled)
+    engines = {name: autoregressive if name == "autoregressive" else spec for name in work.methods}
+    work.warm_up(engines)
+    passes = work.passes(engines)
+    parity = {} if sampled else work.parity(engines)
     bench = {
         **_conditions(config, pool, width, k),
         **figures(pool, asks, passes, parity),
@@ -106,69 +108,67 @@ def run(config: Bench) -> None:
         write_json(Path(config.json), bench)
 
 
+class Chosen(NamedTuple):
+    """A way of choosing drafters: the method, and for `random`, `wrong` and `oracle` each prompt's route."""
+
+    method: Method
+    routes: np.ndarray | None = None
+
+
 class Work(NamedTuple):
-    """The batches to decode; `current` tells routes chosen beforehand which prompts are in hand."""
+    """The batches to decode, and the ways of choosing drafters for them."""
 
     config: Bench
-    pool: Pool
     asks: Sequence[Ask]
     batches: Sequence[tuple[str, list[int]]]
-    current: list[int]
+    methods: dict[str, Chosen]
 
-    def decode(self, program: Decoder, method: Method, rows: list[int], **changes) -> Timed:
+    def decode(self, engine: Engine, name: str, rows: list[int], **changes) -> Result:
         """One batch by one method."""
-        self.current[:] = rows
-        requests = [dataclasses.replace(self.asks[i].request, **changes) for i in rows]
-        return serving.answer(
-            self.pool,
-            program,
-            method,
-            requests,
-            batch=self.config.batch,
-            budget=self.config.max_new_tokens,
-            smallest=self.config.smallest_bucket,
-        )
+        method, routes = self.methods[name]
+        of = lambda i: {} if routes is None else {"route": int(routes[i])}
+        requests = [dataclasses.replace(self.asks[i].request, **of(i), **changes) for i in rows]
+        return Result(rows, engine.complete(requests, method), engine.seconds)
 
-    def warm_up(self, programs: dict[str, Decoder], methods: dict[str, Method]) -> None:
+    def warm_up(self, engines: dict[str, Engine]) -> None:
         """Compiles every (program, bucket) and fills the caches of merged weights."""
         seen = set()
         for _, rows in tqdm(self.batches, desc="warm-up", leave=False):
-            for name, method in methods.items():
-                bucket = bucket_of(max(len(self.asks[i].request.ids) for i in rows), self.config.smallest_bucket)
-                kind = (name, bucket, self.asks[rows[0]].oracle)
+            for name in self.methods:
+                buckets = {bucket_of(len(self.asks[i].request.ids), self.config.smallest_bucket) for i in rows}
+                kind = (name, tuple(sorted(buckets)), self.asks[rows[0]].oracle)
                 if kind not in seen:
                     seen.add(kind)
-                    self.decode(programs[name], method, rows, max_new_tokens=2)
+                    self.decode(engines[name], name, rows, max_new_tokens=2)
 
-    def passes(self, programs: dict[str, Decoder], methods: dict[str, Method]) -> list[dict[str, list[Result]]]:
+    def passes(self, engines: dict[str, Engine]) -> list[dict[str, list[Result]]]:
         """All methods on all batches, so many times; methods take turns on each batch."""
         done: list[dict[str, list[Result]]] = []
-        with tqdm(total=self.config.passes * len(self.batches) * len(methods), desc="bench", unit="batch") as bar:
+        with tqdm(total=self.config.passes * len(self.batches) * len(engines), desc="bench", unit="batch") as bar:
             for number in range(self.config.passes):
                 results: dict[str, list[Result]] = defaultdict(list)
                 for at, (_, rows) in enumerate(self.batches):
-                    names = list(methods)
+                    names = list(self.methods)
                     turn = (number + at) % len(names)
                     for name in names[turn:] + names[:turn]:
-                        results[name].append(Result(rows, self.decode(programs[name], methods[name], rows)))
+                        results[name].append(self.decode(engines[name], name, rows))
                         bar.update()
                 done.append(results)
         return done
 
-    def parity(self, programs: dict[str, Decoder], methods: dict[str, Method]) -> dict[str, dict[int, list[int]]]:
-        """Each method's program and parameters with nothing drafted: autoregressive decoding, bit for bit comparable."""
-        same: dict[tuple, list[list[int]]] = {}
-        outputs: dict[str, dict[int, list[int]]] = {name: {} for name in methods}
-        for _, rows in tqdm(self.batches, desc="parity", leave=False):
-            same.clear()
-            for name, method in methods.items():
-                shape = jax.tree.structure(method.drafter_params(np.zeros(self.config.batch, int) - 1))
-                mixed_batch = name not in ("autoregressive", "base", "mixed") and self.config.batch > 1
-                kind = (id(programs[name]), shape, mixed_batch)
-                if kind not in same:
-                    timed = self.decode(programs[name], method, rows, draft_limit=0)
-                    same[kind] = [c.ids for c in timed.completions]
-                outputs[name] |= dict(zip(rows, same[kind], strict=True))
+    def parity(self, engines: dict[str, Engine]) -> dict[str, dict[int, list[int]]]:
+        """Each method's program with nothing drafted: autoregressive decoding, bit for bit comparable."""
+        slots = self.config.batch
+        same: dict[tuple, dict[int, list[int]]] = {}
+        outputs: dict[str, dict[int, list[int]]] = {}
+        for name, chosen in tqdm(self.methods.items(), desc="parity", leave=False):
+            kind = (id(engines[name]), jax.tree.structure(chosen.method.drafter_params(np.full(slots, BASE))))
+            if kind not in same:
+                same[kind] = {}
+                for _, rows in self.batches:
+                    done = self.decode(engines[name], name, rows, draft_limit=0).completions
+                    same[kind] |= dict(zip(rows, [c.ids for c in done], strict=True))
+            outputs[name] = same[kind]
         return outputs
 
 
@@ -223,44 +223,53 @@ def _oracle(pool: Pool, line: Line) -> int:
 
 
 def _batches(asks: Sequence[Ask], config: Bench):
+    """Prompts of one task, so many that every slot serves a few; one at a time where there is one slot."""
     by_task: dict[str, list[int]] = defaultdict(list)
     for i, ask in enumerate(asks):
         by_task[ask.task].append(i)
+    size = config.batch if config.batch == 1 else REFILLS * config.batch
     for task, rows in by_task.items():
-        for part in group([asks[i].request for i in rows], config.batch, config.smallest_bucket):
-            yield task, [rows[i] for i in part]
+        for at in range(0, len(rows), size):
+            yield task, rows[at : at + size]
 
 
-def _methods(config: Bench, pool: Pool, asks: Sequence[Ask], current: list[int]) -> dict[str, Method]:
+def _shape(config: Bench, asks: Sequence[Ask]) -> dict:
+    longest = max(bucket_of(len(ask.request.ids), config.smallest_bucket) for ask in asks)
+    room = room_of(longest, config.max_new_tokens)
+    return {"slots": config.batch, "room": room, "admit_rows": config.admit_rows, "smallest": config.smallest_bucket}
+
+
+def _methods(config: Bench, pool: Pool, asks: Sequence[Ask]) -> dict[str, Chosen]:
     tasks = len(pool.tasks)
     rng = np.random.default_rng(config.seed)
     random = rng.integers(tasks, size=len(asks))
     oracle = np.array([ask.oracle for ask in asks])
     wrong = np.where(tasks > 1, (oracle + rng.integers(1, max(tasks, 2), size=len(asks))) % tasks, BASE)
     beforehand = {"random": random, "wrong": wrong, "oracle": oracle}
+    given, routed = serving.given(pool, config.batch), serving.routed(pool, config.batch)
     made = {}
     for name in dict.fromkeys(("autoregressive", *config.methods)):
         if name == "routed":
-            made[name] = serving.routed(pool)
+            made[name] = Chosen(routed)
         elif name in beforehand:
-            made[name] = serving.given(pool, name, lambda own=beforehand[name]: own[current])
+            made[name] = Chosen(given, beforehand[name])
         else:
-            made[name] = serving.unrouted(pool, name)
+            made[name] = Chosen(serving.always(pool, name))
     return made
 
 
-def _fastest(work: Work, method: Method, sampled: bool) -> tuple[int, Decoder]:
+def _fastest(work: Work, pool: Pool, shape: dict, sampled: bool) -> tuple[int, Engine]:
     """The width at which autoregressive decoding of a few prompts is fastest; the median of three tries a width."""
     sample = [rows for _, rows in work.batches[:: max(1, len(work.batches) // 3)]][:3]
-    programs = {width: serving.autoregressive(work.pool, width, sampled=sampled) for width in work.config.widths}
-    tries: dict[int, list[float]] = {width: [] for width in programs}
+    engines = {w: serving.autoregressive(pool, w, sampled=sampled, **shape) for w in work.config.widths}
+    tries: dict[int, list[float]] = {width: [] for width in engines}
     for number in range(4):
-        for width, program in programs.items():
-            seconds = sum(work.decode(program, method, rows).decode_seconds for rows in sample)
+        for width, engine in engines.items():
+            seconds = sum(work.decode(engine, "autoregressive", rows).seconds.decode for rows in sample)
             if number:
                 tries[width].append(seconds)
     best = min(tries, key=lambda width: statistics.median(tries[width]))
-    return best, programs[best]
+    return best, engines[best]
 
 
 def _conditions(config: Bench, pool: Pool, width: int, k: int) -> dict:

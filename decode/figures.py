@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxspec import metrics
-from jaxspec.generate import Completion, Request, Timed, bucket_of
+from jaxspec.engine import Seconds
+from jaxspec.requests import Completion, Request, bucket_of
 from jaxspec.router import BASE
 from jaxspec.store.pool import POINTS, Pool
 from jaxspec.store.prompts import Line
@@ -29,7 +30,8 @@ class Result(NamedTuple):
     """One method on one batch: completions and seconds of one pass."""
 
     rows: list[int]
-    timed: Timed
+    completions: list[Completion]
+    seconds: Seconds
 
 
 Pass = dict[str, list[Result]]
@@ -66,11 +68,10 @@ class RowTime(NamedTuple):
 
 def _by_row(results: list[Result]) -> dict[int, RowTime]:
     found = {}
-    for rows, timed in results:
+    for rows, completions, seconds in results:
         share = 1 / len(rows)
-        prefill = (timed.prefill_seconds + timed.route_seconds) * share
-        for i, completion in zip(rows, timed.completions, strict=True):
-            found[i] = RowTime(completion, prefill, timed.decode_seconds * share)
+        for i, completion in zip(rows, completions, strict=True):
+            found[i] = RowTime(completion, (seconds.prefill + seconds.route) * share, seconds.decode * share)
     return found
 
 
@@ -148,15 +149,15 @@ def router_figures(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass]) -> d
     if "routed" not in passes[0]:
         return None
     route = np.full(len(asks), BASE)
-    for rows, timed in passes[0]["routed"]:
-        route[rows] = timed.route[: len(rows)]
+    for result in passes[0]["routed"]:
+        route[result.rows] = [completion.route for completion in result.completions]
     labels = pool.facts["labels"]
     known = [i for i, ask in enumerate(asks) if ask.task in labels or "cluster" in ask.line.settings]
     right = [_right(pool, asks[i], route[i]) for i in known]
     agree = [route[i] == asks[i].line.settings["cluster"] for i in known if "cluster" in asks[i].line.settings]
-    timed = [result.timed for results in passes for result in results["routed"]]
-    milliseconds = [1e3 * t.route_seconds / len(t.completions) for t in timed]
-    first = [t.prefill_seconds + t.route_seconds for t in timed]
+    timed = [(result.seconds, len(result.rows)) for results in passes for result in results["routed"]]
+    milliseconds = [1e3 * seconds.route / prompts for seconds, prompts in timed]
+    shares = [seconds.route / (seconds.prefill + seconds.route) for seconds, _ in timed]
     tasks = sorted({ask.task for ask in asks})
     counts = [
         [sum(ask.task == task and int(route[i]) == t for i, ask in enumerate(asks)) for t in _columns(pool)]
@@ -166,9 +167,7 @@ def router_figures(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass]) -> d
         "accuracy": float(np.mean(right)) if right else None,
         "agreement_with_partition": float(np.mean(agree)) if agree else None,
         "milliseconds": statistics.median(milliseconds),
-        "share_of_time_to_first_token": statistics.median(
-            t.route_seconds / f for t, f in zip(timed, first, strict=True)
-        ),
+        "share_of_time_to_first_token": statistics.median(shares),
         "fallback_rate": float(np.mean(route == BASE)),
         "confusion": {"tasks": tasks, "drafters": [*_names(pool), "base"], "counts": counts},
     }

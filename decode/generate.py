@@ -1,29 +1,34 @@
-"""Completes a file of prompts with a pool: one JSON line a prompt, in the order of the input.
+"""Completes a file of prompts with a pool: one JSON line a prompt, appended and synced as they come.
 
     python -m decode.generate --pool runs/testbed/pool --input prompts.jsonl --output out.jsonl
 
-A killed job goes on where its output ends. A prompt that is too long becomes a record with `error`; the others are
-answered all the same, and the exit code is 2.
+A job that was killed, preempted (SIGTERM) or ran out of disk goes on where its output ends, and every prompt is answered
+once. A prompt that cannot be answered becomes a record with `error`; the others are answered all the same, and the exit
+code is 2.
 """
 
 import json
 import math
 import os
+import signal
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
-import numpy as np
 from tqdm import tqdm
 
 from jaxspec import serving
 from jaxspec.config import UserError, command_line
-from jaxspec.generate import MAX_DRAFT, Completion, Decoder, Request, group
-from jaxspec.router import BASE
-from jaxspec.store.models import decode, encode
-from jaxspec.store.pool import Pool, read_pool
-from jaxspec.store.prompts import Line, read_prompts
+from jaxspec.engine import Engine
+from jaxspec.requests import MAX_DRAFT, Request
+from jaxspec.store.models import encode
+from jaxspec.store.pool import Pool, load_pool
+from jaxspec.store.prompts import Fault, Line, read_lines
+from jaxspec.text import Ask, Completion, drafter_named, room_for, serve
 
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "drafter")
 # What a request's numbers may be: their types, whether a value holds, and how a person says it.
@@ -34,6 +39,8 @@ RULES = {
     "top_p": ((int, float, type(None)), lambda x: x is None or 0 < x <= 1, "a number above 0 and up to 1"),
     "seed": ((int,), lambda x: 0 <= x < 2**31, "a whole number from 0 to 2147483647"),
 }
+ROUNDS = 32  # between two looks at stop strings and at a notice of preemption
+SYNC = 1.0  # seconds of records that a power cut may cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +53,12 @@ class Generate:
     """Prompts: a .jsonl or .jsonl.gz file or a folder of them."""
     output: str
     """File for the completions."""
+    order: Literal["input", "completed"] = "input"
+    """Records in the order of the prompts, or as they are completed, which holds none back."""
     batch: int = 8
-    """Prompts decoded together."""
+    """Slots: prompts decoded together; a finished one's slot is filled again."""
+    admit_rows: int = 1
+    """Prompts read together when slots fall free; more suits accelerators."""
     max_new_tokens: int = 128
     """Longest completion, in tokens."""
     temperature: float = 0.0
@@ -60,6 +71,8 @@ class Generate:
     """Seed of sampling."""
     num_speculative_tokens: int | None = None
     """Tokens drafted a round; None is what calibration chose."""
+    explain: bool = False
+    """Print the programs that were compiled, their shapes and seconds."""
     dtype: str = ""
     """float32 or bfloat16; empty is what the pool was made with."""
     target: str = ""
@@ -69,49 +82,152 @@ class Generate:
 
 
 def run(config: Generate) -> None:
-    """Appends what is missing in the output, window by window; a window that was cut off is decoded as a whole again."""
+    """Appends the records that the output lacks."""
     if (config.num_speculative_tokens or 1) > MAX_DRAFT:
         raise UserError(
             f"--num-speculative-tokens {config.num_speculative_tokens} is too large; give at most {MAX_DRAFT}"
         )
-    lines = read_prompts(config.input)
-    done = _resume(Path(config.output), lines)
-    pool = read_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype)
-    requests = [_request(config, pool, number, line) for number, line in enumerate(lines)]
-    forced = [_forced(pool, line) for line in lines]
-    sampled = any(isinstance(r, Request) and r.temperature > 0 for r in requests)
-    k = config.num_speculative_tokens or pool.facts["num_speculative_tokens"]
-    programs = serving.speculative(pool, k, sampled=sampled)
-    failed = sum(isinstance(r, str) for r in requests)
-    with open(config.output, "ab") as out, tqdm(total=len(lines), initial=done, desc="generate", unit="prompt") as bar:
-        for rows in _windows(done, len(lines), 8 * config.batch):
-            records = _window(config, pool, programs, lines, requests, forced, rows)[max(0, done - rows.start) :]
-            out.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
-            out.flush()
-            os.fsync(out.fileno())
-            bar.update(len(records))
-    print(f"generate: {len(lines) - failed} of {len(lines)} prompts answered in {config.output}")
-    if failed:
-        first = next((line.source, r) for line, r in zip(lines, requests, strict=True) if isinstance(r, str))
-        raise UserError(f"{failed} prompts were not answered, the first at {first[0]}: {first[1]}")
+    lines = read_lines(config.input)
+    answered = _resume(config, lines)
+    pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype)
+    asks = [_ask(config, pool, number, line) for number, line in enumerate(lines)]
+    faults = {i: ask for i, ask in enumerate(asks) if isinstance(ask, str)}
+    with open(config.output, "ab") as out, preemptible() as preempted:
+        records = _records(config, pool, lines, asks, answered)
+        done = _write(out, records, len(lines), len(answered), preempted)
+    if done < len(lines):
+        print(
+            f"preempted: {done} of {len(lines)} prompts answered; run the same command again to go on", file=sys.stderr
+        )
+        sys.exit(128 + signal.SIGTERM)
+    print(f"generate: {len(lines) - len(faults)} of {len(lines)} prompts answered in {config.output}")
+    if faults:
+        first = min(faults)
+        raise UserError(f"{len(faults)} prompts were not answered, the first at {lines[first].source}: {faults[first]}")
 
 
-def _resume(output: Path, lines: Sequence[Line]) -> int:
-    """How many prompts the output answers already; a torn last line is cut off."""
+@contextmanager
+def preemptible():
+    """Yields a function that tells whether SIGTERM, the notice of a preemption, has come."""
+    notices: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: notices.append(number))
+    try:
+        yield lambda: bool(notices)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _write(out: IO[bytes], records: Iterator[dict | None], total: int, done: int, preempted) -> int:
+    """Appends records, synced every SYNC seconds and at the end; returns how many prompts the output answers."""
+    accepted = drafted = tokens = 0
+    synced = time.monotonic()
+    with tqdm(total=total, initial=done, desc="generate", unit="prompt") as bar:
+        for record in records:
+            if record is not None:
+                out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                done += 1
+                tokens += len(record.get("token_ids", ()))
+                accepted += record.get("num_accepted_tokens", 0)
+                drafted += record.get("num_draft_tokens", 0)
+                bar.update()
+            now = time.monotonic()
+            if now - synced > SYNC or preempted():
+                _sync(out)
+                synced = now
+                rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
+                bar.set_postfix({"tokens/s": f"{rate:.0f}", "accepted": f"{accepted / max(drafted, 1):.2f}"})
+            if preempted():
+                break
+        _sync(out)
+    return done
+
+
+def _sync(out: IO[bytes]) -> None:
+    out.flush()
+    os.fsync(out.fileno())
+
+
+def _records(
+    config: Generate, pool: Pool, lines: Sequence[Line | Fault], asks: Sequence[Ask | str], answered: set[int]
+) -> Iterator[dict | None]:
+    """Records of the prompts that have none, in the wanted order; None where time passes without one."""
+    todo = [i for i in range(len(lines)) if i not in answered]
+    ready = {i: {"id": lines[i].id, "error": ask} for i in todo if isinstance(ask := asks[i], str)}
+    ordered = config.order == "input"
+    waiting = iter(todo)
+    following = next(waiting, None)
+    for found in _answers(config, pool, [(i, asks[i]) for i in todo if isinstance(asks[i], Ask)], asks):
+        if found is not None:
+            i, completion = found
+            ready[i] = _record(lines[i], completion)
+        yield None
+        for i in list(ready) if not ordered else ():
+            yield ready.pop(i)
+        while ordered and following in ready:
+            yield ready.pop(following)
+            following = next(waiting, None)
+    yield from (ready.pop(i) for i in sorted(ready))
+
+
+def _answers(config: Generate, pool: Pool, todo: Sequence[tuple[int, Ask]], asks) -> Iterator[tuple | None]:
+    """(prompt's number, completion) as they come; None where rows only went on."""
+    if not todo:
+        return
+    requests = [ask.request for ask in asks if isinstance(ask, Ask)]  # all of them: a resumed job has the same programs
+    engine = serving.speculative(
+        pool,
+        config.num_speculative_tokens or pool.facts["num_speculative_tokens"],
+        slots=config.batch,
+        room=room_for(requests),
+        sampled=any(request.temperature > 0 for request in requests),
+        admit_rows=config.admit_rows,
+    )
+    method = serving.routed(pool, config.batch)
+    for piece in serve(pool, engine, method, [ask for _, ask in todo], rounds=ROUNDS):
+        yield (todo[piece.index][0], piece.completion) if piece.completion else None
+    if config.explain:
+        explain(engine)
+
+
+def explain(engine: Engine) -> None:
+    """Prints the programs that an engine has compiled."""
+    print(f"{len(engine.compiled)} programs for {engine.slots} slots of {engine.room} tokens:")
+    for own in engine.compiled:
+        print(f"  {own.name:8} {own.shape:24} {own.seconds:7.2f} s")
+
+
+def _record(line: Line | Fault, completion: Completion) -> dict[str, Any]:
+    own = vars(completion).copy()
+    del own["index"], own["num_accepted_tokens_per_pos"]
+    return {"id": line.id, **own}
+
+
+def _resume(config: Generate, lines: Sequence[Line | Fault]) -> set[int]:
+    """Which prompts the output answers already; a torn last line is cut off."""
+    output = Path(config.output)
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: its folder does not exist; make it first")
+    place = {line.id: number for number, line in enumerate(lines)}
+    if config.order == "completed" and len(place) < len(lines):
+        twice = next(line for number, line in enumerate(lines) if place[line.id] != number)
+        raise UserError(
+            f"{twice.source}: the id {twice.id!r} appears again; give each line its own, or use --order input"
+        )
     if not output.exists():
-        return 0
+        return set()
     whole = output.read_bytes().split(b"\n")[:-1]
     if len(whole) > len(lines):
         raise UserError(f"{output} has {len(whole)} records for {len(lines)} prompts; it belongs to another input")
-    for number, (record, line) in enumerate(zip(whole, lines, strict=False), 1):
-        if _id_of(record) != line.id:
+    answered = set()
+    for number, record in enumerate(whole):
+        own = number if config.order == "input" else place.get(_id_of(record) or "", -1)
+        if own < 0 or _id_of(record) != lines[own].id:
             raise UserError(
-                f"{output}, line {number} answers another prompt than {line.source}; choose another --output"
+                f"{output}, line {number + 1} answers another prompt than {lines[number].source}; choose another --output"
             )
+        answered.add(own)
     os.truncate(output, sum(len(record) + 1 for record in whole))
-    return len(whole)
+    return answered
 
 
 def _id_of(record: bytes) -> str | None:
@@ -121,19 +237,27 @@ def _id_of(record: bytes) -> str | None:
         return None
 
 
-def _request(config: Generate, pool: Pool, number: int, line: Line) -> Request | str:
+def _ask(config: Generate, pool: Pool, number: int, line: Line | Fault) -> Ask | str:
     """The line's request, or why it cannot be answered."""
+    if isinstance(line, Fault):
+        return line.reason
     unknown = line.settings.keys() - {*SETTINGS, "cluster"}
     if unknown:
         raise UserError(f"{line.source}: unknown key {sorted(unknown)[0]!r}; a line may have {', '.join(SETTINGS)}")
     own = {name: _setting(config, line, name) for name in RULES}
-    if not all(isinstance(stop, str) for stop in _stops(line)):
+    stops = line.settings.get("stop") or []
+    stops = stops if isinstance(stops, list) else [stops]
+    if not all(isinstance(stop, str) for stop in stops):
         raise UserError(f"{line.source}: stop {line.settings['stop']!r} will not do; give a text or a list of texts")
-    ids = encode(pool.pair.tokenizer, line)
+    try:
+        own["route"] = drafter_named(pool, line.settings.get("drafter"))
+        ids = encode(pool.pair.tokenizer, line)
+    except UserError as error:
+        raise UserError(f"{line.source}: {error}".replace(f"{line.source}: {line.source}", line.source)) from error
     room = pool.pair.longest - own["max_new_tokens"]
     if len(ids) > room:
         return f"prompt of {len(ids)} tokens is longer than {room}, the models' positions less max_new_tokens"
-    return Request(ids=ids, number=number, **own)
+    return Ask(Request(ids=ids, number=number, **own), tuple(stops))
 
 
 def _setting(config: Generate, line: Line, name: str) -> Any:
@@ -143,88 +267,6 @@ def _setting(config: Generate, line: Line, name: str) -> Any:
     if type(value) not in kinds or not holds(value):
         raise UserError(f"{line.source}: {name} {value!r} will not do; give {wanted}")
     return value
-
-
-def _stops(line: Line) -> list:
-    stops = line.settings.get("stop") or []
-    return stops if isinstance(stops, list) else [stops]
-
-
-def _forced(pool: Pool, line: Line) -> int | None:
-    """The route that the line asks for; None leaves it to the router."""
-    name = line.settings.get("drafter")
-    if name is None:
-        return None
-    if name == "base":
-        return BASE
-    names = {
-        **{label: t for t, label in enumerate(pool.facts["labels"]) if label},
-        **{t: i for i, t in enumerate(pool.tasks)},
-    }
-    if not isinstance(name, str) or name not in names:
-        raise UserError(f"{line.source}: no drafter {name!r} in this pool; it has base, {', '.join(map(str, names))}")
-    return names[name]
-
-
-def _windows(done: int, number: int, size: int) -> Iterator[range]:
-    """Windows that begin at the same prompts wherever a run was cut off, so that batches and their bits are the same."""
-    return (range(at, min(at + size, number)) for at in range(done - done % size, number, size))
-
-
-def _window(
-    config: Generate,
-    pool: Pool,
-    programs: Decoder,
-    lines: Sequence[Line],
-    requests: Sequence[Request | str],
-    forced: Sequence[int | None],
-    rows: range,
-) -> list[dict[str, Any]]:
-    """Records of some prompts, in their order; batches are made by prompt length."""
-    records: dict[int, dict[str, Any]] = {}
-    good: list[tuple[int, Request]] = []
-    for i in rows:
-        request = requests[i]
-        if isinstance(request, str):
-            records[i] = {"id": lines[i].id, "error": request}
-        else:
-            good.append((i, request))
-    budget = max((r.max_new_tokens for r in requests if isinstance(r, Request)), default=1)
-    for part in group([request for _, request in good], config.batch):
-        own = [good[j] for j in part]
-        confidence = np.ones(len(own))
-
-        def hear(routes, probability, confidence=confidence):
-            confidence[:] = probability.max(-1)
-
-        method = serving.overridden(serving.routed(pool, hear), [forced[i] for i, _ in own])
-        timed = serving.answer(pool, programs, method, [r for _, r in own], batch=config.batch, budget=budget)
-        for at, (i, _) in enumerate(own):
-            route = int(timed.route[at])
-            sure = None if forced[i] is not None else round(float(confidence[at]), 4)
-            records[i] = _record(pool, lines[i], timed.completions[at], route, sure)
-    return [records[i] for i in rows]
-
-
-def _record(pool: Pool, line: Line, completion: Completion, route: int, confidence: float | None) -> dict[str, Any]:
-    ids, reason = completion.ids, completion.finish_reason
-    text = decode(pool.pair.tokenizer, ids)
-    found = [at for stop in _stops(line) if stop and (at := text.find(stop)) >= 0]
-    if found:
-        text, reason = text[: min(found)], "stop"
-        ids = ids[: next(n for n in range(len(ids) + 1) if len(decode(pool.pair.tokenizer, ids[:n])) >= len(text))]
-    counts = completion.counts
-    return {
-        "id": line.id,
-        "text": text,
-        "token_ids": ids,
-        "finish_reason": reason,
-        "drafter": "base" if route == BASE else pool.tasks[route],
-        "route_confidence": confidence,
-        "num_drafts": int(counts.num_drafts),
-        "num_draft_tokens": int(counts.num_draft_tokens),
-        "num_accepted_tokens": int(counts.num_accepted_tokens),
-    }
 
 
 if __name__ == "__main__":

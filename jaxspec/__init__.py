@@ -1,7 +1,16 @@
 """jaxspec: lossless speculative decoding for JAX that learns its workload."""
 
+from jaxspec.engine import Engine as Engine
+from jaxspec.engine import Method as Method
+from jaxspec.requests import Request as Request
 from jaxspec.speculate import run as run
 from jaxspec.speculate import speculator as speculator
+from jaxspec.store.pool import Pool as Pool
+from jaxspec.store.pool import load_pool as load_pool
+from jaxspec.text import Completion as Completion
+from jaxspec.text import Piece as Piece
+from jaxspec.text import generate as generate
+from jaxspec.text import stream as stream
 from jaxspec.types import Draft as Draft
 from jaxspec.types import Drafter as Drafter
 from jaxspec.types import Prompt as Prompt

@@ -1,8 +1,8 @@
-"""Counts of drafted and accepted tokens, and the measures made of them.
+"""What happened in each round, and the counts and measures made of it.
 
 Draft accuracy is accepted over drafted tokens where places past the row's end are not counted (TaskSpec's measure): not in
 its last block, and not in a block before it that reached over the end. The draft acceptance rate counts every block
-whole, as vLLM does.
+whole, as vLLM does. The end is known only when the row is done, so the device keeps the rounds and the host counts.
 """
 
 from collections.abc import Iterable
@@ -16,66 +16,67 @@ from jax import Array
 from jaxspec.types import SpecInfo
 
 
-class Counts(NamedTuple):
-    """Per row, over all its rounds; every field has rows first.
+class History(NamedTuple):
+    """Rounds of each row.
 
-    num_drafts: `[B]` rounds, that is target calls after prefill.
-    num_draft_tokens, num_accepted_tokens: `[B]` every block whole.
-    num_emitted: `[B]` tokens out.
-    drafted_by_position, accepted_by_position: `[B, N]` by place in the block.
-    recent_start, recent_drafted: `[B, N]` the last N blocks, for `up_to_the_end` to subtract what reached over it.
+    rounds: `[B]` how many; blocks: `[B, L, 3]` where each began, how many tokens it drafted, and how many the rule accepted.
     """
 
-    num_drafts: Array
-    num_draft_tokens: Array
-    num_accepted_tokens: Array
-    num_emitted: Array
-    drafted_by_position: Array
-    accepted_by_position: Array
-    recent_start: Array
-    recent_drafted: Array
+    rounds: Array
+    blocks: Array
 
 
-def no_counts(batch: int, num_nodes: int) -> Counts:
-    """Zeros to fold into."""
-    row, place = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, num_nodes), jnp.int32)
-    return Counts(row, row, row, row, place, place, place, place)
+class Counts(NamedTuple):
+    """What one row's rounds come to, or many rows'.
+
+    num_drafts: rounds, that is target calls after prefill.
+    num_draft_tokens, num_accepted_tokens: every block whole.
+    num_emitted: tokens out.
+    drafted_by_position, accepted_by_position: `[N]` by place in the block, up to the row's end.
+    """
+
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_emitted: int
+    drafted_by_position: np.ndarray
+    accepted_by_position: np.ndarray
 
 
-def count(counts: Counts, info: SpecInfo) -> Counts:
-    """Adds one round."""
-    place = jnp.arange(counts.drafted_by_position.shape[1])
-    emitted = info.verdict.num_emitted
-    before = lambda number: (place < number[:, None]).astype(jnp.int32)
-    newest = lambda kept, value: jnp.where((emitted > 0)[:, None], jnp.append(kept[:, 1:], value[:, None], 1), kept)
-    return Counts(
-        counts.num_drafts + (emitted > 0),
-        counts.num_draft_tokens + info.num_drafted,
-        counts.num_accepted_tokens + info.num_accepted,
-        counts.num_emitted + emitted,
-        counts.drafted_by_position + before(info.num_drafted),
-        counts.accepted_by_position + before(info.verdict.num_accepted),
-        newest(counts.recent_start, info.start),
-        newest(counts.recent_drafted, info.num_drafted),
-    )
+def no_history(rows: int, rounds: int) -> History:
+    """Nothing yet, with space for so many rounds."""
+    return History(jnp.zeros(rows, jnp.int32), jnp.zeros((rows, rounds, 3), jnp.int32))
 
 
-def up_to_the_end(counts: Counts, length: Array) -> Counts:
-    """Takes back drafted places past each row's final `length [B]`; rows' lengths are known only when they are done."""
-    place = jnp.arange(counts.drafted_by_position.shape[1])
-    reached = (counts.recent_start[..., None] + place >= length[:, None, None]) & (
-        place < counts.recent_drafted[..., None]
-    )
-    return counts._replace(drafted_by_position=counts.drafted_by_position - reached.sum(1))
+def remember(history: History, info: SpecInfo) -> History:
+    """Adds one round of the rows that emitted something."""
+    block = jnp.stack([info.start, info.num_drafted, info.num_accepted], axis=1)
+    alive = info.verdict.num_emitted > 0
+    at = jnp.where(alive, history.rounds, history.blocks.shape[1])  # past the end: dropped
+    row = jnp.arange(len(block))
+    return History(history.rounds + alive, history.blocks.at[row, at].set(block, mode="drop"))
 
 
-def total(counts: Iterable[Counts]) -> Counts:
-    """Sums rows of several host-side counts into one row-less count."""
-    return jax.tree.map(lambda *leaves: np.sum([leaf for leaf in leaves], axis=0), *counts)
+def counts(rounds: int, blocks: np.ndarray, begin: int, end: int, num_nodes: int) -> Counts:
+    """Counts of one row whose output takes the places from `begin` to `end`; on the host.
+
+    Args:
+        blocks: `[L, 3]` the row's history, of which `rounds` are real; rounds at or past `end` do not count.
+    """
+    start, drafted, accepted = blocks[:rounds][blocks[:rounds, 0] < end].T
+    place = np.arange(num_nodes)
+    reached = start[:, None] + place < end
+    of = lambda number: ((place < number[:, None]) & reached).sum(0)
+    return Counts(len(start), drafted.sum(), accepted.sum(), end - begin, of(drafted), of(accepted))
+
+
+def total(rows: Iterable[Counts]) -> Counts:
+    """Sums the counts of several rows."""
+    return jax.tree.map(lambda *leaves: np.sum([leaf for leaf in leaves], axis=0), *rows)
 
 
 def measures(counts: Counts) -> dict:
-    """The figures of one row-less count; None where nothing was drafted or decoded."""
+    """The figures of summed counts; None where nothing was drafted or decoded."""
     ratio = lambda a, b: float(a) / float(b) if b else None
     drafted, accepted = np.asarray(counts.drafted_by_position), np.asarray(counts.accepted_by_position)
     return {

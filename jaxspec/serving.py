@@ -1,8 +1,7 @@
-"""A pool at work: for each way of choosing a drafter, the routes of a batch and the parameters that draft for it."""
+"""A pool at work: engines that decode with it, and for each way of choosing a drafter the routes and the weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -10,111 +9,87 @@ import numpy as np
 from jaxspec import router, verify
 from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
-from jaxspec.generate import BUCKETS, Decoder, Request, Timed, complete, decoder
-from jaxspec.router import BASE
+from jaxspec.engine import NOTHING, Engine, Method, Recorder, Routes, unrouted
+from jaxspec.requests import BUCKETS
 from jaxspec.store.pool import Pool
 from jaxspec.target import lm_target
 
 
-class Method(NamedTuple):
-    """One way of drafting with a pool.
-
-    route: features `[B, H]`, rows -> routes `[B]`; drafter_params: routes -> parameters of the drafter.
-    """
-
-    name: str
-    route: Callable[[np.ndarray, int], np.ndarray]
-    drafter_params: Callable[[np.ndarray], object]
-
-
-def speculative(pool: Pool, num_speculative_tokens: int, *, sampled: bool) -> Decoder:
-    """The programs of speculative decoding with an LM drafter; one pair for every route, weights are arguments."""
+def speculative(
+    pool: Pool,
+    num_speculative_tokens: int,
+    *,
+    slots: int,
+    room: int,
+    sampled: bool,
+    admit_rows: int = 1,
+    smallest: int = BUCKETS[0],
+    recorder: Recorder = NOTHING,
+) -> Engine:
+    """Speculative decoding with an LM drafter; weights and routes are arguments of its programs."""
     pair, dtype = pool.pair, _dtype(pool)
     drafter = lm_drafter(pair.draft.config, num_speculative_tokens, vocab_size=pair.vocab_size, dtype=dtype)
-    law = verify.rejection if sampled else verify.greedy
-    return decoder(lm_target(pair.target.config, dtype), drafter, law, stop_tokens=pair.stop_tokens)
+    shape = {"slots": slots, "room": room, "sampled": sampled, "admit_rows": admit_rows, "smallest": smallest}
+    return _engine(pool, drafter, recorder=recorder, **shape)
 
 
-def autoregressive(pool: Pool, width: int, *, sampled: bool) -> Decoder:
-    """The programs of autoregressive decoding through a window of `width` columns."""
-    law = verify.rejection if sampled else verify.greedy
-    target = lm_target(pool.pair.target.config, _dtype(pool))
-    return decoder(target, silent_drafter(width - 1), law, stop_tokens=pool.pair.stop_tokens)
+def autoregressive(
+    pool: Pool, width: int, *, slots: int, room: int, sampled: bool, admit_rows: int = 1, smallest: int = BUCKETS[0]
+) -> Engine:
+    """Autoregressive decoding through a window of `width` columns."""
+    shape = {"slots": slots, "room": room, "sampled": sampled, "admit_rows": admit_rows, "smallest": smallest}
+    return _engine(pool, silent_drafter(width - 1), **shape)
 
 
-def answer(
-    pool: Pool,
-    programs: Decoder,
-    method: Method,
-    requests: Sequence[Request],
-    *,
-    batch: int,
-    budget: int,
-    smallest: int = BUCKETS[0],
-) -> Timed:
-    """Decodes one batch of one prompt bucket, from ids in host memory to ids in host memory."""
-    return complete(
-        programs,
-        requests,
-        target_params=pool.pair.target.params,
-        drafter_params=method.drafter_params,
-        route=method.route,
-        batch=batch,
-        budget=budget,
-        vocab_size=pool.pair.vocab_size,
-        smallest=smallest,
-    )
-
-
-def unrouted(pool: Pool, name: str) -> Method:
+def always(pool: Pool, name: str) -> Method:
     """`autoregressive`, `base` or `mixed`: the same drafter for every prompt."""
     weights = {"autoregressive": None, "base": pool.pair.draft.params, "mixed": pool.mixed}[name]
     params = () if weights is None else LMDrafterParams(weights)
-    return Method(name, lambda features, rows: np.full(len(features), BASE), lambda routes: params)
+    return Method(name, unrouted, lambda routes: params)
 
 
-def given(pool: Pool, name: str, routes: Callable[[], np.ndarray]) -> Method:
-    """Routes that were chosen beforehand: `oracle`, `random`, `wrong`, or what a request asked for."""
-    return Method(name, lambda features, rows: _padded(routes(), len(features)), adapted(pool))
+def given(pool: Pool, slots: int) -> Method:
+    """The pool's specialists, for requests that name their route."""
+    return Method("given", unrouted, adapted(pool, slots))
 
 
-def routed(pool: Pool, on_routes: Callable[[np.ndarray, np.ndarray], None] | None = None) -> Method:
-    """The router's own choice; `on_routes` hears each batch's routes and probabilities."""
+def routed(pool: Pool, slots: int) -> Method:
+    """The router's own choice, where a request does not name its route."""
     classify = jax.jit(router.probabilities)
 
-    def route(features: np.ndarray, rows: int) -> np.ndarray:
+    def route(features: np.ndarray) -> Routes:
         probability = np.asarray(classify(pool.router, features))
-        routes = router.choose(probability, pool.facts["fallback_below"])
-        if on_routes is not None:
-            on_routes(routes[:rows], probability[:rows])
-        return routes
+        chosen = router.choose(probability, pool.facts["fallback_below"])
+        return Routes(chosen, probability.argmax(-1), probability.max(-1))
 
-    return Method("routed", route, adapted(pool))
+    return Method("routed", route, adapted(pool, slots))
 
 
-def overridden(method: Method, forced: Sequence[int | None]) -> Method:
-    """A method whose choice gives way where a request forces its route."""
-
-    def route(features: np.ndarray, rows: int) -> np.ndarray:
-        own = [free if wanted is None else wanted for free, wanted in zip(method.route(features, rows), forced)]
-        return _padded(np.array(own), len(features))
-
-    return method._replace(route=route)
-
-
-def adapted(pool: Pool) -> Callable[[np.ndarray], LMDrafterParams]:
-    """Routes -> drafter parameters: merged weights when all rows share a route, else base weights and the bank."""
+def adapted(pool: Pool, slots: int) -> Callable[[np.ndarray], LMDrafterParams]:
+    """Routes -> drafter parameters: merged weights for one slot, which has one route, else base weights and the bank."""
 
     @cache
     def merged(task: int) -> LMDrafterParams:
         return LMDrafterParams(jax.block_until_ready(pool.specialist(task)))
 
+    if slots == 1:
+        return lambda routes: merged(int(routes[0]))
     banked = LMDrafterParams(pool.pair.draft.params, jax.tree.map(lambda x: x.astype(_dtype(pool)), pool.bank))
-    return lambda routes: merged(int(routes[0])) if len(set(routes.tolist())) == 1 else banked
+    return lambda routes: banked
 
 
-def _padded(routes: np.ndarray, batch: int) -> np.ndarray:
-    return np.concatenate([routes, np.full(batch - len(routes), routes[-1])])
+def _engine(pool: Pool, drafter, *, sampled: bool, **shape) -> Engine:
+    pair = pool.pair
+    return Engine(
+        lm_target(pair.target.config, _dtype(pool)),
+        drafter,
+        verify.rejection if sampled else verify.greedy,
+        pair.target.params,
+        stop_tokens=pair.stop_tokens,
+        vocab_size=pair.vocab_size,
+        sampled=sampled,
+        **shape,
+    )
 
 
 def _dtype(pool: Pool):

@@ -69,16 +69,21 @@ def speculator(target: Target, drafter: Drafter, law: Callable, *, stop_tokens: 
 
 
 def run(
-    step: Callable, fold: Callable[[Any, SpecInfo], Any], params: SpecParams, state: SpecState, stats: Any
+    step: Callable,
+    fold: Callable[[Any, SpecInfo], Any],
+    params: SpecParams,
+    state: SpecState,
+    stats: Any,
+    go_on: Callable,
 ) -> tuple[SpecState, Any]:
-    """Repeats `step` on the device until every row is done, folding each round's info into `stats`."""
+    """Repeats `step` on the device while `go_on(state, stats)`, folding each round's info into `stats`."""
 
     def body(carry):
         state, stats = carry
         state, info = step(params, state)
         return state, fold(stats, info)
 
-    return jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), body, (state, stats))
+    return jax.lax.while_loop(lambda carry: go_on(*carry), body, (state, stats))
 
 
 def _verify(law: Callable, state: SpecState, draft, log_p: Array) -> Verdict:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxspec.sampling import log_probs
-from jaxspec.transformer import Cache, LMConfig, empty_cache, extend, unembed
+from jaxspec.transformer import Cache, LMConfig, extend, prefill, unembed
 from jaxspec.types import Prompt, Scores, Target
 
 
@@ -22,9 +22,7 @@ def lm_target(config: LMConfig, dtype=jnp.float32) -> Target:
     """The target made of a decoder-only LM; its parameters are the LM's."""
 
     def init(params, prompt: Prompt, slots: int):
-        batch = prompt.tokens.shape[0]
-        empty = empty_cache(config, batch, slots, dtype)
-        features, cache = extend(config, params, empty, prompt.tokens, jnp.zeros(batch, jnp.int32))
+        features, cache = prefill(config, params, prompt.tokens, prompt.length, slots, dtype)
         # The last prompt token opens the first window: prefill caches it but emits nothing.
         return LMState(cache, prompt.length - 1), features
 

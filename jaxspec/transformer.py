@@ -17,6 +17,7 @@ from jax import Array
 
 from jaxspec.adapters import Adapter, low_rank
 
+PIECE = 512  # longer prompts are read piece by piece, so that attention's workspace does not grow with them
 NEVER = -1e9  # a logit whose probability is exactly zero in float32, yet zero times it is not NaN
 
 
@@ -116,6 +117,29 @@ def forward(
     same = True if segments is None else segments[:, :, None] == segments[:, None, :]
     hidden, _ = _decoder(config, params)(tokens, positions, positions, causal & same, None, index[:, 0], adapter)
     return hidden
+
+
+def prefill(
+    config: LMConfig, params: dict, tokens: Array, length: Array, slots: int, dtype, adapter: Adapter | None = None
+) -> tuple[Array, Cache]:
+    """Reads right-padded prompts `[B, P]` of `length [B]`: hidden states `[B, P, H]` and a cache of `slots` positions.
+
+    P is at most PIECE or a multiple of it; pieces in which no prompt has a token are not read.
+    """
+    batch, bucket = tokens.shape
+    cache = empty_cache(config, batch, slots, dtype)
+    if bucket <= PIECE:
+        return extend(config, params, cache, tokens, jnp.zeros(batch, jnp.int32), adapter=adapter)
+
+    def read(carry):
+        at, hidden, cache = carry
+        piece = jax.lax.dynamic_slice_in_dim(tokens, at, PIECE, axis=1)
+        own, cache = extend(config, params, cache, piece, jnp.full(batch, at), adapter=adapter)
+        return at + PIECE, jax.lax.dynamic_update_slice_in_dim(hidden, own, at, axis=1), cache
+
+    start = (jnp.int32(0), jnp.zeros((batch, bucket, config.width), params["norm"]["scale"].dtype), cache)
+    _, hidden, cache = jax.lax.while_loop(lambda carry: carry[0] < jnp.max(length), read, start)
+    return hidden, cache
 
 
 def extend(

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from decode import bench, generate, report
 from jaxspec.config import Experiment, check_numbers, command_line
 from jaxspec.store.huggingface import read_tokenizer, write_model
-from jaxspec.store.pool import read_pool
+from jaxspec.store.pool import load_pool
 from jaxspec.store.stages import write_arrays, write_json
 from jaxspec.store.trees import write_tree
 from train import __main__ as pipeline
@@ -133,7 +133,7 @@ def test_tokenizers_that_differ_are_told_by_the_first_id(refused, own, preset, t
 def test_vocabularies_may_be_padded_differently(world, pool):
     sizes = [json.loads((folder / "config.json").read_text())["vocab_size"] for folder in (world.target, world.draft)]
     assert sizes[0] != sizes[1]
-    assert read_pool(pool).pair.vocab_size == sizes[0]
+    assert load_pool(pool).pair.vocab_size == sizes[0]
 
 
 # The log
@@ -415,13 +415,13 @@ def job(pool: str, file: Path, output: Path, *argv) -> list:
 
 @pytest.fixture(scope="module")
 def loaded(pool):
-    return read_pool(pool)
+    return load_pool(pool)
 
 
 @pytest.fixture
 def in_memory(loaded, monkeypatch):
     """Jobs take the pool that was read already."""
-    monkeypatch.setattr(generate, "read_pool", lambda *paths, **places: loaded)
+    monkeypatch.setattr(generate, "load_pool", lambda *paths, **places: loaded)
 
 
 @pytest.mark.parametrize(

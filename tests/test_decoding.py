@@ -14,7 +14,8 @@ from jaxspec import metrics, verify
 from jaxspec.adapters import init_bank, merge
 from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
-from jaxspec.generate import Request, complete, decoder, slots_of
+from jaxspec.engine import Engine, Method, unrouted
+from jaxspec.requests import Request, room_of
 from jaxspec.speculate import speculator
 from jaxspec.target import lm_target
 from jaxspec.transformer import LMConfig, forward, init, unembed
@@ -39,23 +40,23 @@ BUDGET = 24
 PROMPTS = [tuple(np.random.default_rng(i).integers(8, 40, size=n).tolist()) for i, n in enumerate((3, 9, 1, 14))]
 
 
+def engine(drafter, law=verify.greedy, stops=(EOS,), slots=4, target=PARAMS, dtype=jnp.float32, **settings):
+    shape = {"slots": slots, "room": room_of(32, BUDGET), "vocab_size": TARGET.vocab_size}
+    sampled = law is not verify.greedy
+    return Engine(
+        lm_target(TARGET, dtype), drafter, law, target, stop_tokens=stops, sampled=sampled, **shape, **settings
+    )
+
+
 def programs(config: LMConfig, k: int, law=verify.greedy, stops=(EOS,)):
-    return decoder(lm_target(TARGET), lm_drafter(config, k), law, stop_tokens=stops)
+    return engine(lm_drafter(config, k), law, stops)
 
 
-def answer(program, params, prompts=PROMPTS, batch=4, route=-1, **settings):
+def answer(engine, params, prompts=PROMPTS, route=-1, **settings):
     requests = [Request(ids=ids, max_new_tokens=BUDGET, number=i) for i, ids in enumerate(prompts)]
-    requests = [dataclasses.replace(r, **settings) for r in requests]
-    return complete(
-        program,
-        requests,
-        target_params=PARAMS,
-        drafter_params=lambda routes: params,
-        route=lambda features, rows: np.resize(np.asarray(route), len(features)),
-        batch=batch,
-        budget=BUDGET,
-        vocab_size=TARGET.vocab_size,
-    ).completions
+    routes = np.resize(np.asarray(route), len(prompts)).tolist()
+    requests = [dataclasses.replace(r, route=own, **settings) for r, own in zip(requests, routes, strict=True)]
+    return engine.complete(requests, Method("given", unrouted, lambda routes: params))
 
 
 SPEC = {k: programs(SMALL, k) for k in (1, 3)}
@@ -114,7 +115,7 @@ def test_drafting_nothing_is_the_same_program_and_the_same_text(k):
     drafted, silent = (answer(SPEC[k], LMDrafterParams(DRAFT), draft_limit=limit) for limit in (16, 0))
     assert [c.ids for c in drafted] == [c.ids for c in silent]
     assert all(c.counts.num_draft_tokens == 0 and c.counts.num_drafts == len(c.ids) for c in silent)
-    assert SPEC[k].decode._cache_size() == 1
+    assert SPEC[k].programs.chunk._cache_size() == 1
 
 
 def test_rows_with_different_adapters_share_a_program_and_equal_merged_weights():
@@ -166,7 +167,7 @@ def test_counts_equal_a_simulation_along_the_output():
 
 
 def test_autoregressive_text_does_not_depend_on_the_width():
-    one, four = (decoder(lm_target(TARGET), silent_drafter(w - 1), verify.greedy, stop_tokens=(EOS,)) for w in (1, 4))
+    one, four = (engine(silent_drafter(w - 1)) for w in (1, 4))
     assert [c.ids for c in answer(one, ())] == [c.ids for c in answer(four, ())]
 
 
@@ -180,7 +181,7 @@ def test_a_step_preserves_the_type_of_its_state(sampled):
         from toys import prompt_of
 
         prompt = prompt_of([[1, 2, 3], [4, 5, 6]], limit=5)
-        slots = slots_of(3, 5)
+        slots = room_of(3, 5)
         state, _ = lm_target(TARGET).init(PARAMS, prompt, slots)
         return spec.init(params, prompt, state, sampling, slots)
 
@@ -194,18 +195,7 @@ def test_a_step_preserves_the_type_of_its_state(sampled):
 
 def test_bfloat16_greedy_is_bit_equal_through_its_own_program():
     low = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
-    target = lm_target(TARGET, jnp.bfloat16)
-    program = decoder(target, lm_drafter(SMALL, 3, dtype=jnp.bfloat16), verify.greedy, stop_tokens=(EOS,))
-    run = lambda limit: (
-        complete(
-            program,
-            [Request(ids=ids, max_new_tokens=BUDGET, number=i, draft_limit=limit) for i, ids in enumerate(PROMPTS)],
-            target_params=low(PARAMS),
-            drafter_params=lambda routes: LMDrafterParams(low(DRAFT)),
-            route=lambda features, rows: np.full(len(features), -1),
-            batch=4,
-            budget=BUDGET,
-            vocab_size=TARGET.vocab_size,
-        ).completions
-    )
+    drafter = lm_drafter(SMALL, 3, dtype=jnp.bfloat16)
+    own = engine(drafter, target=low(PARAMS), dtype=jnp.bfloat16)
+    run = lambda limit: answer(own, LMDrafterParams(low(DRAFT)), draft_limit=limit)
     assert [c.ids for c in run(16)] == [c.ids for c in run(0)]

@@ -22,12 +22,14 @@ ALLOWED = {
     "target": {"types", "sampling", "transformer"},
     "drafters": {"types", "sampling", "transformer", "adapters", "drafters"},
     "speculate": {"types", "sampling", "verify"},
-    "generate": {"types", "sampling", "speculate", "metrics"},
+    "requests": {"types", "sampling", "metrics"},
+    "engine": {"types", "speculate", "metrics", "requests"},
     "align": set(),
     "router": set(),
     "tasks": {"store"},
     "packing": {"align", "store"},
-    "serving": {"router", "verify", "drafters", "generate", "store", "target"},
+    "serving": {"router", "verify", "drafters", "engine", "requests", "store", "target"},
+    "text": {"config", "router", "engine", "requests", "serving", "store"},
     "store": {"config", "router", "adapters", "transformer", "encoder", "store", "align"},
 }
 

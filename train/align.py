@@ -29,6 +29,7 @@ from jaxspec.store.trees import Checkpoints, write_tree
 from jaxspec.transformer import forward, unembed
 
 CALIBRATE_ROWS = 8
+SEARCH_WARMUP = 0.3  # in a short run a high rate would be met before Adam knows its scale
 
 
 class Course(NamedTuple):
@@ -146,9 +147,9 @@ def _train(experiment: Experiment, traces: Traces, course: Course, folder: Path)
         divergence, agreement, count = sums  # [D] each
         return float((divergence / count).mean()), float((agreement / count).mean())
 
-    def advance(state: AlignState, step: int, steps: int, rate: float):
+    def advance(state: AlignState, step: int, steps: int, rate: float, warmup: float = spec.warmup):
         batch = as_rows(course.train, step * spec.rows, spec.rows)
-        return side_by_side(course.frozen, state, batch, schedule(step, steps, rate, spec.warmup))
+        return side_by_side(course.frozen, state, batch, schedule(step, steps, rate, warmup))
 
     before = judge(course.params)
     rate = _choose_rate(course, spec.search_steps, advance, judge, folder)
@@ -181,7 +182,7 @@ def _choose_rate(course: Course, steps: int, advance, judge, folder: Path) -> fl
     for rate in tqdm(course.rates, desc=f"{course.name}: learning rate", leave=False):
         state = _fresh(course)
         for step in range(min(steps, course.steps)):
-            state, _ = advance(state, step, steps, rate)
+            state, _ = advance(state, step, steps, rate, SEARCH_WARMUP)
         scores[rate] = judge(state.params)[0]
     chosen = min(scores, key=scores.__getitem__)
     write_json(file, {"chosen": chosen, "divergence": {str(rate): score for rate, score in scores.items()}})

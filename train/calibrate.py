@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from jaxspec import metrics, serving
 from jaxspec.config import Experiment, UserError, command_line, plain
-from jaxspec.generate import MAX_DRAFT, Request, bucket_of
+from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
 from jaxspec.store.models import read_pair
-from jaxspec.store.pool import BANK, MIXED, POINTS, ROUTER, TEST, load_pool
+from jaxspec.store.pool import BANK, MIXED, POINTS, ROUTER, TEST, known_pool
 from jaxspec.store.stages import Stage, finish, manifest, open_stage, read_arrays, write_arrays, write_whole
 from jaxspec.store.traces import Traces, check_models, read_traces
 
@@ -100,7 +100,7 @@ def _assemble(experiment: Experiment, stage: Stage, traces: Traces, partition: d
 
 def _measure(experiment: Experiment, stage: Stage, facts: dict, traces: Traces, partition: dict) -> dict[int, dict]:
     spec = experiment.calibrate
-    pool = load_pool(stage.folder, facts, digest="not yet calibrated")
+    pool = known_pool(stage.folder, facts, digest="not yet calibrated")
     rows = _sample(experiment, traces, partition)
     requests = [
         Request(
@@ -110,19 +110,17 @@ def _measure(experiment: Experiment, stage: Stage, facts: dict, traces: Traces, 
         )
         for i in rows
     ]
-    programs = {k: serving.speculative(pool, k, sampled=False) for k in spec.lengths}
-    method = serving.routed(pool)
+    room = room_of(bucket_of(max(len(r.ids) for r in requests)), spec.max_new_tokens)
+    engines = {k: serving.speculative(pool, k, slots=1, room=room, sampled=False) for k in spec.lengths}
+    method = serving.routed(pool, slots=1)
     seconds: dict[int, list[float]] = {k: [] for k in spec.lengths}
     counts: dict[int, list] = {}
-    with tqdm(total=(spec.passes + 1) * len(programs), desc="calibrate", unit="pass") as bar:
+    with tqdm(total=(spec.passes + 1) * len(engines), desc="calibrate", unit="pass") as bar:
         for number in range(spec.passes + 1):  # the first pass compiles and does not count
-            for k, program in programs.items():
-                timed = [
-                    serving.answer(pool, program, method, [r], batch=1, budget=spec.max_new_tokens) for r in requests
-                ]
-                counts[k] = [row.counts for t in timed for row in t.completions]
+            for k, engine in engines.items():
+                counts[k] = [completion.counts for completion in engine.complete(requests, method)]
                 if number:
-                    seconds[k].append(sum(t.prefill_seconds + t.route_seconds + t.decode_seconds for t in timed))
+                    seconds[k].append(sum(engine.seconds))
                 bar.update()
     return {k: _row(counts[k], min(seconds[k])) for k in spec.lengths}
 

@@ -21,7 +21,8 @@ from jaxspec import verify
 from jaxspec.config import Experiment, Trace, UserError, command_line, plain
 from jaxspec.drafters import lm_drafter
 from jaxspec.drafters.lm import LMDrafterParams
-from jaxspec.generate import MAX_DRAFT, Recorder, Request, complete, decoder, group, pool_features
+from jaxspec.engine import Engine, Method, Recorder, pool_features, unrouted
+from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
 from jaxspec.store.models import Pair, encode, read_pair
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import Stage, digest_of, finish, open_stage, write_arrays, write_whole
@@ -29,6 +30,7 @@ from jaxspec.target import lm_target
 from jaxspec.transformer import forward, unembed
 
 FEWEST = 10  # below that a tenth of the log is less than a prompt
+REFILLS = 4  # requests that a slot serves in one shard
 READ = 64  # whole texts are padded to a multiple of so many tokens: few programs, little padding
 ARRAYS = ("top_ids", "top_log_p", "tail_log_p", "draft")
 
@@ -105,21 +107,20 @@ def _fitting(experiment: Experiment, pair: Pair, lines: Sequence[Line]):
 
 
 def _jobs(experiment: Experiment, pair: Pair, lines: Sequence[Line], requests: Sequence[Request]):
-    """Batches as (whether their responses are given, rows): by prompt bucket to decode, by whole length to read."""
+    """Shards as (whether their responses are given, rows): by prompt bucket to decode, by whole length to read."""
     spec = experiment.trace
     forced = [spec.use_responses and line.response is not None for line in lines]
     free = [i for i, is_forced in enumerate(forced) if not is_forced]
-    jobs = [
-        (False, [free[i] for i in part])
-        for part in group([requests[i] for i in free], spec.batch, spec.smallest_bucket)
-    ]
+    shards = lambda rows, size: [rows[at : at + size] for at in range(0, len(rows), size)]
+    bucket = lambda i: bucket_of(len(requests[i].ids), spec.smallest_bucket)
+    decoded = shards(sorted(free, key=bucket), REFILLS * spec.batch)
     whole = {
         i: len(requests[i].ids) + min(len(_response(pair, lines[i])), spec.max_new_tokens)
         for i, is_forced in enumerate(forced)
         if is_forced
     }
-    rows = sorted(whole, key=whole.__getitem__)
-    return jobs + [(True, rows[at : at + spec.batch]) for at in range(0, len(rows), spec.batch)]
+    read = sorted(whole, key=whole.__getitem__)
+    return [(False, rows) for rows in decoded] + [(True, rows) for rows in shards(read, spec.batch)]
 
 
 def _response(pair: Pair, line: Line) -> list[int]:
@@ -136,32 +137,32 @@ def _decoding(experiment: Experiment, pair: Pair):
     recorder = recording(
         spec.max_new_tokens + spec.num_speculative_tokens + 1, spec.top_logits, pair.target.config.width
     )
-    programs = decoder(
-        lm_target(pair.target.config, dtype), drafter, law, stop_tokens=pair.stop_tokens, recorder=recorder
+    engine = Engine(
+        lm_target(pair.target.config, dtype),
+        drafter,
+        law,
+        pair.target.params,
+        stop_tokens=pair.stop_tokens,
+        slots=spec.batch,
+        room=room_of(bucket_of(spec.max_prompt_tokens, spec.smallest_bucket), spec.max_new_tokens),
+        vocab_size=pair.vocab_size,
+        sampled=spec.temperature > 0,
+        smallest=spec.smallest_bucket,
+        recorder=recorder,
     )
+    base = Method("base", unrouted, lambda routes: LMDrafterParams(pair.draft.params))
 
     def decode(requests: Sequence[Request]) -> dict[str, np.ndarray]:
-        done = complete(
-            programs,
-            requests,
-            target_params=pair.target.params,
-            drafter_params=lambda route: LMDrafterParams(pair.draft.params),
-            route=lambda features, rows: np.full(len(features), -1),
-            batch=spec.batch,
-            budget=spec.max_new_tokens,
-            vocab_size=pair.vocab_size,
-            smallest=spec.smallest_bucket,
-        )
-        outputs = [c.ids for c in done.completions]
-        record = jax.tree.map(lambda leaf: leaf[: len(requests)], done.record)
+        done = engine.complete(requests, base)
+        outputs = [c.ids for c in done]
+        record = jax.tree.map(lambda *leaves: np.stack(leaves), *[c.record for c in done])
         arrays = _texts(requests, outputs, spec.max_new_tokens)
         arrays |= {name: record[name][:, : spec.max_new_tokens] for name in ARRAYS}
-        counts = [c.counts for c in done.completions]
-        arrays["drafted"] = np.array([c.drafted_by_position.sum() for c in counts])
-        arrays["accepted"] = np.array([c.accepted_by_position.sum() for c in counts])
+        arrays["drafted"] = np.array([c.counts.drafted_by_position.sum() for c in done])
+        arrays["accepted"] = np.array([c.counts.accepted_by_position.sum() for c in done])
         summed = record["features"] / np.maximum([[len(o)] for o in outputs], 1)
         arrays["output_features"] = _unit(summed)
-        arrays["prompt_features"] = done.features[: len(requests)]
+        arrays["prompt_features"] = np.stack([c.features for c in done])
         return arrays | {"draft_features": _bag(pair.target.params, arrays["draft"])}
 
     return decode

@@ -8,7 +8,7 @@ from jax import Array
 
 from jaxspec.adapters import Adapter, Bank, select
 from jaxspec.sampling import draw, log_probs
-from jaxspec.transformer import Cache, LMConfig, empty_cache, extend, unembed
+from jaxspec.transformer import Cache, LMConfig, extend, prefill, unembed
 from jaxspec.types import Draft, Drafter, Prompt
 
 
@@ -37,11 +37,8 @@ def lm_drafter(
     """
 
     def init(params: LMDrafterParams, prompt: Prompt, slots: int) -> LMDrafterState:
-        batch = prompt.tokens.shape[0]
         adapter = None if params.bank is None else select(params.bank, prompt.route)
-        empty = empty_cache(config, batch, slots, dtype)
-        start = jnp.zeros(batch, jnp.int32)
-        _, cache = extend(config, params.weights, empty, prompt.tokens, start, adapter=adapter)
+        _, cache = prefill(config, params.weights, prompt.tokens, prompt.length, slots, dtype, adapter)
         return LMDrafterState(cache, prompt.length, adapter)
 
     def propose(params: LMDrafterParams, state: LMDrafterState, tokens, length, key, sampling):

@@ -1,7 +1,8 @@
 """The pool: all that decoding needs. Target and base by path and digest, the adapter bank, mixed, router, calibration."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ BANK, MIXED, ROUTER, TEST, POINTS = (
 )
 
 
-class Pool(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Pool:
     """Models and drafters in memory.
 
     bank: adapters of the base drafter, one a task; mixed: weights of the control; facts: what the manifest says of
@@ -48,7 +50,7 @@ class Pool(NamedTuple):
         return merge(self.pair.draft.params, self.bank, task)
 
 
-def read_pool(path: str, *, target: str = "", draft: str = "", dtype: str = "") -> Pool:
+def load_pool(path: str, *, target: str = "", draft: str = "", dtype: str = "") -> Pool:
     """Loads a pool.
 
     Args:
@@ -64,10 +66,10 @@ def read_pool(path: str, *, target: str = "", draft: str = "", dtype: str = "") 
     manifest = read_json(folder / MANIFEST)
     if manifest.get("stage") != "pool":
         raise UserError(f"{path!r} holds the stage {manifest.get('stage')!r}, not a pool; give OUT/pool")
-    return load_pool(folder, manifest["results"], manifest["digest"], target=target, draft=draft, dtype=dtype)
+    return known_pool(folder, manifest["results"], manifest["digest"], target=target, draft=draft, dtype=dtype)
 
 
-def load_pool(folder: Path, facts: dict, digest: str, *, target: str = "", draft: str = "", dtype: str = "") -> Pool:
+def known_pool(folder: Path, facts: dict, digest: str, *, target: str = "", draft: str = "", dtype: str = "") -> Pool:
     """Loads a pool whose facts are known already."""
     paths = {"target": target or facts["target"]["path"], "draft": draft or facts["draft"]["path"]}
     pair = read_pair(paths["target"], paths["draft"], dtype or facts["dtype"])

@@ -30,6 +30,26 @@ class Line:
         return "\n".join(message["content"] for message in self.messages)
 
 
+@dataclass(frozen=True)
+class Fault:
+    """A line that is no prompt, and why; it has an id so that a job can answer it with an error."""
+
+    id: str
+    source: str
+    reason: str
+
+
+def read_lines(path: str) -> list[Line | Fault]:
+    """All lines of a file or folder, faulty ones among them; UserError only when there is nothing to read."""
+    found: list[Line | Fault] = []
+    for file in _files(path, ()):
+        for source, text in _texts(file):
+            found.append(_line_or_fault(text, source))
+    if not found:
+        raise UserError(f"{path} holds no prompts; each line must be a JSON object with `prompt` or `messages`")
+    return found
+
+
 def read_prompts(
     path: str, *, include: Sequence[str] = (), limit: int | None = None, seed: int | None = None
 ) -> list[Line]:
@@ -54,7 +74,7 @@ def read_prompts(
     return lines
 
 
-def parse_line(text: str, source: str) -> Line:
+def parse_line(text: bytes | str, source: str) -> Line:
     """One JSON line; `source` names it in errors."""
     try:
         raw = json.loads(text)
@@ -79,14 +99,31 @@ def _is_message(own: Any) -> bool:
     return isinstance(own, dict) and all(isinstance(own.get(key), str) for key in ("role", "content"))
 
 
+def _line_or_fault(text: bytes, source: str) -> Line | Fault:
+    try:
+        return parse_line(text, source)
+    except UserError as error:
+        reason = str(error).removeprefix(source).lstrip(": ").removeprefix("is ")
+        try:
+            named = json.loads(text).get("id")
+        except (ValueError, AttributeError):
+            named = None
+        return Fault(source if named is None else str(named), source, reason)
+
+
 def _read(file: Path) -> Iterator[Line]:
+    return (parse_line(text, source) for source, text in _texts(file))
+
+
+def _texts(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Non-empty lines with their place."""
     opener = gzip.open if file.suffix == ".gz" else open
     try:
-        with opener(file, "rt", encoding="utf-8") as handle:
+        with opener(file, "rb") as handle:
             for number, text in enumerate(handle, 1):
                 if text.strip():
-                    yield parse_line(text, f"{file}, line {number}")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+                    yield f"{file}, line {number}", text
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file} cannot be read ({error}); copy or pack it again") from error
 
 

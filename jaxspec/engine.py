@@ -1,0 +1,442 @@
+"""Continuous batching with static shapes: B slots, one decoding program, and a finished row's slot filled again.
+
+Three kinds of jitted programs share one state whose leaves all have slots first. `prefill` reads prompts of one bucket
+with the target and pools the router's features; `admit` reads them with the drafter and puts the rows into free slots;
+`chunk` repeats the step on the device until enough rows are done. The host only decides who goes where.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxspec.metrics import History, counts, no_history, remember
+from jaxspec.requests import MAX_DRAFT, Completion, Request, as_prompt, as_sampling, as_tokens, bucket_of
+from jaxspec.speculate import run, speculator
+from jaxspec.types import Drafter, Prompt, Sampling, SpecInfo, SpecParams, SpecState, Target
+
+FOREVER = 1 << 30
+
+
+class Recorder(NamedTuple):
+    """What else is gathered of every round.
+
+    init: (prompt) -> record, rows first.
+    fold: (record, info) -> record.
+    """
+
+    init: Callable[[Prompt], Any]
+    fold: Callable[[Any, SpecInfo], Any]
+
+
+NOTHING = Recorder(lambda prompt: (), lambda record, info: record)
+
+
+class Slots(NamedTuple):
+    """The engine's whole state, every leaf with slots first: rows being decoded, their rounds and their record."""
+
+    spec: SpecState
+    history: History
+    record: Any
+
+
+class Programs(NamedTuple):
+    """The jitted programs of one way of decoding; nothing is compiled before it is called.
+
+    prefill: (target params, tokens `[R, P]`, length `[R]`) -> (target state, features `[R, H]`).
+    admit: (params, slots, prompt, target state, sampling, where `[R]`) -> slots; a row whose `where` is B is dropped.
+    chunk: (params, slots, floor, rounds) -> slots, after `rounds` rounds or with no more than `floor` rows running.
+    halt: (slots, ended `[B]`) -> slots, the rows that the host ended done.
+    """
+
+    num_nodes: int
+    prefill: Callable
+    admit: Callable
+    chunk: Callable
+    halt: Callable
+
+
+def programs(
+    target: Target, drafter: Drafter, rule, *, stop_tokens: Sequence[int], recorder: Recorder = NOTHING
+) -> Programs:
+    """Composes the programs of a target, a drafter and an acceptance rule."""
+    spec = speculator(target, drafter, rule, stop_tokens=stop_tokens)
+
+    def prefill(params, tokens: Array, length: Array):
+        rows, bucket = tokens.shape
+        none = jnp.zeros(rows, jnp.int32)
+        prompt = Prompt(tokens, length, jax.random.split(jax.random.key(0), rows), none, none, none)
+        state, features = target.init(params, prompt, bucket)
+        return state, pool_features(features, length)
+
+    def admit(params: SpecParams, slots: Slots, prompt: Prompt, target_state, sampling, where: Array) -> Slots:
+        return insert(slots, _fresh(spec, recorder, params, prompt, target_state, sampling), where)
+
+    def chunk(params: SpecParams, slots: Slots, floor: Array, rounds: Array) -> Slots:
+        fold = lambda stats, info: (remember(stats[0], info), recorder.fold(stats[1], info), stats[2] + 1)
+        go_on = lambda state, stats: (jnp.sum(~state.done) > floor) & (stats[2] < rounds)
+        start = (slots.history, slots.record, jnp.int32(0))
+        state, (history, record, _) = run(spec.step, fold, params, slots.spec, start, go_on)
+        return Slots(state, history, record)
+
+    def halt(slots: Slots, ended: Array) -> Slots:
+        return slots._replace(spec=slots.spec._replace(done=slots.spec.done | ended))
+
+    jitted = (jax.jit(f, donate_argnums=at) for f, at in ((prefill, ()), (admit, 1), (chunk, 1), (halt, 0)))
+    return Programs(drafter.num_nodes, *jitted)
+
+
+def empty_slots(
+    target: Target,
+    drafter: Drafter,
+    rule,
+    params: SpecParams,
+    *,
+    slots: int,
+    room: int,
+    sampled: bool,
+    recorder: Recorder,
+) -> Slots:
+    """B slots of nothing, all done; allocates `room` tokens of cache for each."""
+    spec = speculator(target, drafter, rule, stop_tokens=())
+    zero = jnp.zeros(slots, jnp.int32)
+    sampling = Sampling(jnp.zeros(slots), zero + 1, jnp.ones(slots)) if sampled else None
+
+    def build(params):
+        keys = jax.random.split(jax.random.key(0), slots)
+        prompt = Prompt(jnp.zeros((slots, room), jnp.int32), zero + 1, keys, zero, zero, zero - 1)
+        state, _ = target.init(params.target, prompt, room)
+        return _fresh(spec, recorder, params, prompt, state, sampling)
+
+    shapes = jax.eval_shape(build, params)
+    blank_keys = lambda leaf: jax.random.split(jax.random.key(0), leaf.shape[0])
+    zeros = lambda leaf: blank_keys(leaf) if _is_key(leaf) else jnp.zeros(leaf.shape, leaf.dtype)
+    blank = jax.tree.map(zeros, shapes)
+    return blank._replace(spec=blank.spec._replace(done=jnp.ones(slots, bool), length=zero + 1))
+
+
+def insert(slots: Slots, rows: Slots, where: Array) -> Slots:
+    """Puts row i into slot `where[i]`; leaves of a shorter room fill the beginning of the slot's."""
+
+    def put(leaf: Array, new: Array) -> Array:
+        start = (slice(0, n) for n in new.shape[1:])
+        return leaf.at[(where, *start)].set(new.astype(leaf.dtype), mode="drop")
+
+    return jax.tree.map(put, slots, rows)
+
+
+def pool_features(hidden: Array, length: Array) -> Array:
+    """Mean over the real tokens, normalised to unit length: `[B, P, H]` -> `[B, H]` float32."""
+    real = (jnp.arange(hidden.shape[1]) < length[:, None])[..., None]
+    mean = jnp.sum(jnp.where(real, hidden.astype(jnp.float32), 0.0), axis=1) / length[:, None]
+    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-9)
+
+
+class Routes(NamedTuple):
+    """What a router says of R prompts: the drafter that serves each (-1 the base), its likeliest task and how likely."""
+
+    route: np.ndarray
+    task: np.ndarray
+    confidence: np.ndarray
+
+
+class Method(NamedTuple):
+    """Who drafts.
+
+    route: pooled features `[R, H]` -> Routes.
+    drafter_params: (routes `[B]` of the slots) -> parameters of the drafter.
+    """
+
+    name: str
+    route: Callable[[np.ndarray], Routes]
+    drafter_params: Callable[[np.ndarray], Any]
+
+
+def unrouted(features: np.ndarray) -> Routes:
+    """The base drafter for every prompt."""
+    none = np.full(len(features), -1)
+    return Routes(none, none, np.ones(len(features)))
+
+
+class Seconds(NamedTuple):
+    """Wall clock since a call began: prefill with the target, routing, and all the rest."""
+
+    prefill: float = 0.0
+    route: float = 0.0
+    decode: float = 0.0
+
+
+class Compiled(NamedTuple):
+    """A program that a call compiled: its name, what its shape is, and seconds of tracing and compiling."""
+
+    name: str
+    shape: str
+    seconds: float
+
+
+class Update(NamedTuple):
+    """A row's new tokens since its last update; `completion` when it ended, and then the row's last update."""
+
+    index: int
+    ids: list[int]
+    completion: Completion | None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A request in a slot."""
+
+    index: int
+    request: Request
+    route: int
+    task: int
+    confidence: float
+    features: np.ndarray
+    seen: int = 0
+
+
+class Engine:
+    """B slots of one way of decoding; the compiled programs and the caches outlive a call.
+
+    Args:
+        target, drafter, rule, recorder: what is composed, see `programs`.
+        target_params: the target's parameters.
+        slots: B, rows decoded together.
+        room: tokens that a slot holds, see `room_of`.
+        admit_rows: R, prompts read together; a request's text does not depend on who is read with it.
+        sampled: False decodes every row greedily; True serves rows of any sampling settings.
+        smallest: the smallest prompt bucket; a large one means few programs, where compiling costs more than padding.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        rule,
+        target_params,
+        *,
+        stop_tokens: Sequence[int],
+        slots: int,
+        room: int,
+        vocab_size: int,
+        admit_rows: int = 1,
+        sampled: bool = False,
+        smallest: int = 32,
+        recorder: Recorder = NOTHING,
+    ):
+        self.programs = programs(target, drafter, rule, stop_tokens=stop_tokens, recorder=recorder)
+        self.slots, self.room, self.vocab_size, self.smallest = slots, room, vocab_size, smallest
+        self.admit_rows, self.sampled = min(admit_rows, slots), sampled
+        self.seconds = Seconds()
+        self.compiled: list[Compiled] = []
+        self._target_params = target_params
+        self._empty = lambda params: empty_slots(
+            target, drafter, rule, params, slots=slots, room=room, sampled=sampled, recorder=recorder
+        )
+        self._states: dict[Any, Slots] = {}
+        self._width = f"{slots} x {self.programs.num_nodes + 1} tokens"
+
+    def complete(self, requests: Sequence[Request], method: Method) -> list[Completion]:
+        """Completions in the order of the requests; `self.seconds` tells what they took."""
+        done = {update.index: update.completion for update in self.stream(requests, method) if update.completion}
+        return [done[i] for i in range(len(requests))]
+
+    def stream(
+        self,
+        requests: Iterable[Request],
+        method: Method,
+        *,
+        rounds: int = FOREVER,
+        ended: Callable[[int, list[int]], int | None] | None = None,
+    ) -> Iterator[Update]:
+        """Decodes requests as slots fall free; says what every row emitted after each chunk of at most `rounds` rounds.
+
+        Args:
+            rounds: FOREVER yields rows only when they end.
+            ended: (index, new ids) -> how many of them to keep when the text ends there, for stop strings; else None.
+        """
+        self.seconds = Seconds()
+        kind = jax.tree.structure(method.drafter_params(np.full(self.slots, -1)))
+        waiting = _Queue(requests, self)
+        rows: dict[int, _Row] = {}
+        state = self._states.pop(kind, None)
+        while waiting or rows:
+            if state is None:
+                state = self._empty(self._params(method, rows))
+            while waiting and len(rows) < self.slots:
+                group = waiting.take(min(self.admit_rows, self.slots - len(rows)))
+                state = self._admit(state, method, rows, group)
+            with self._clock("decode"):
+                floor = len(rows) - min(self.admit_rows, len(waiting)) if waiting else 0
+                limits = np.int32(floor), np.int32(rounds)
+                state = self._call("chunk", self._width, self._params(method, rows), state, *limits)
+                state, updates = self._read(state, rows, rounds < FOREVER, ended)
+            yield from updates
+        if state is not None:
+            self._states[kind] = state
+
+    def _params(self, method: Method, rows: dict[int, _Row]) -> SpecParams:
+        routes = np.full(self.slots, next((row.route for row in rows.values()), -1))
+        for slot, row in rows.items():
+            routes[slot] = row.route
+        return SpecParams(self._target_params, method.drafter_params(routes))
+
+    def _admit(
+        self, state: Slots, method: Method, rows: dict[int, _Row], group: Sequence[tuple[int, Request]]
+    ) -> Slots:
+        requests = [request for _, request in group]
+        bucket = bucket_of(max(len(r.ids) for r in requests), self.smallest)
+        with self._clock("prefill"):
+            filler = [Request(ids=(0,), max_new_tokens=0)] * (self.admit_rows - len(requests))
+            tokens = as_tokens([*requests, *filler], bucket)
+            length = np.array([len(r.ids) for r in [*requests, *filler]], np.int32)
+            target_state, features = self._call("prefill", _grid(tokens), self._target_params, tokens, length)
+            features = np.asarray(features)
+        with self._clock("route"):
+            found = method.route(features)
+            routes = [int(own) if r.route is None else r.route for r, own in zip(requests, found.route, strict=False)]
+        with self._clock("decode"):
+            empty = [slot for slot in range(self.slots) if slot not in rows][: len(requests)]
+            for i, (slot, (index, request)) in enumerate(zip(empty, group, strict=True)):
+                own = int(found.task[i]), float(found.confidence[i]), features[i]
+                rows[slot] = _Row(index, request, routes[i], *own)
+            where = np.array([*empty, *[self.slots] * (self.admit_rows - len(empty))], np.int32)
+            prompt = as_prompt(requests, self.admit_rows, bucket, routes)
+            sampling = as_sampling(requests, self.admit_rows, self.vocab_size) if self.sampled else None
+            own = state, prompt, target_state, sampling, where
+            return self._call("admit", _grid(tokens), self._params(method, rows), *own)
+
+    def _read(self, state: Slots, rows: dict[int, _Row], streaming: bool, ended) -> tuple[Slots, list[Update]]:
+        """Updates of the rows; finished ones are taken out of `rows`, and those that `ended` ends are halted."""
+        done, length = jax.device_get((state.spec.done, state.spec.length))
+        if not streaming and not any(done[slot] for slot in rows):
+            return state, []
+        tokens, stopped = jax.device_get((state.spec.tokens, state.spec.stopped))
+        updates, finished, halted = [], {}, np.zeros(self.slots, bool)
+        for slot, row in list(rows.items()):
+            begin = len(row.request.ids) + row.seen
+            new = tokens[slot, begin : length[slot]].tolist()
+            keep = ended(row.index, new) if ended else None
+            if keep is not None:
+                new, halted[slot] = new[:keep], not done[slot]
+            if keep is not None or done[slot]:
+                reason = "stop" if keep is not None or stopped[slot] else "length"
+                finished[slot] = begin + len(new), reason
+            else:
+                rows[slot] = replace(row, seen=row.seen + len(new)) if streaming else row
+            updates.append((slot, Update(row.index, new, None)))
+        completions = self._completions(state, rows, finished, tokens)
+        state = self._call("halt", "", state, halted) if halted.any() else state
+        said = [update._replace(completion=completions.get(slot)) for slot, update in updates]
+        return state, [update for update in said if streaming or update.completion]
+
+    def _completions(self, state: Slots, rows: dict[int, _Row], finished: dict, tokens) -> dict[int, Completion]:
+        """Completions of slots `{slot: (end, reason)}`, which fall free."""
+        if not finished:
+            return {}
+        history, record = jax.device_get((state.history, state.record))
+        out = {}
+        for slot, (end, reason) in finished.items():
+            row = rows.pop(slot)
+            begin = len(row.request.ids)
+            own = history.rounds[slot], history.blocks[slot]
+            out[slot] = Completion(
+                ids=tokens[slot, begin:end].tolist(),
+                finish_reason=reason,
+                counts=counts(*own, begin, end, self.programs.num_nodes),
+                route=row.route,
+                task=row.task,
+                confidence=row.confidence,
+                features=row.features,
+                record=jax.tree.map(lambda leaf, slot=slot: leaf[slot], record),
+            )
+        return out
+
+    def warm_up(self, method: Method, buckets: Iterable[int]) -> None:
+        """Compiles all that prompts of these buckets need; after it nothing compiles."""
+        for bucket in buckets:
+            self.complete([Request(ids=(0,) * bucket, max_new_tokens=1)], method)
+        (kind,) = {jax.tree.structure(method.drafter_params(np.full(self.slots, -1)))}
+        self._states[kind] = self._call("halt", "", self._states[kind], np.zeros(self.slots, bool))
+
+    def _call(self, name: str, shape: str, *arguments):
+        """Calls a program, and takes down what it compiles."""
+        program = getattr(self.programs, name)
+        known, start = program._cache_size(), time.perf_counter()
+        out = program(*arguments)
+        if program._cache_size() > known:
+            self.compiled.append(Compiled(name, shape, time.perf_counter() - start))
+        return out
+
+    def _clock(self, name: str):
+        return _Clock(self, name)
+
+
+class _Clock:
+    def __init__(self, engine: Engine, name: str):
+        self.engine, self.name = engine, name
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *error):
+        spent = time.perf_counter() - self.start
+        seconds = self.engine.seconds
+        self.engine.seconds = seconds._replace(**{self.name: getattr(seconds, self.name) + spent})
+
+
+class _Queue:
+    """Requests in order of arrival, looked at a little ahead so that prompts of one bucket are read together."""
+
+    def __init__(self, requests: Iterable[Request], engine: Engine):
+        self.source = enumerate(requests)
+        self.ahead: deque[tuple[int, Request]] = deque()
+        self.look, self.engine = 4 * engine.admit_rows, engine
+        self._fill()
+
+    def __len__(self) -> int:
+        return len(self.ahead)
+
+    def take(self, number: int) -> list[tuple[int, Request]]:
+        """The first request and up to `number` - 1 others of its bucket."""
+        bucket = lambda item: bucket_of(len(item[1].ids), self.engine.smallest)
+        own = [item for item in self.ahead if bucket(item) == bucket(self.ahead[0])][:number]
+        for item in own:
+            self.ahead.remove(item)
+        self._fill()
+        return own
+
+    def _fill(self) -> None:
+        while len(self.ahead) < self.look and (item := next(self.source, None)) is not None:
+            self._check(item[1])
+            self.ahead.append(item)
+
+    def _check(self, request: Request) -> None:
+        need = max(
+            bucket_of(len(request.ids), self.engine.smallest), len(request.ids) + request.max_new_tokens + MAX_DRAFT + 1
+        )
+        if need > self.engine.room:
+            raise ValueError(
+                f"request {request.number} needs a room of {need} tokens, the slots have {self.engine.room}"
+            )
+
+
+def _fresh(spec, recorder: Recorder, params: SpecParams, prompt: Prompt, target_state, sampling) -> Slots:
+    """Rows that have read their prompts and emitted nothing."""
+    rows, bucket = prompt.tokens.shape
+    state = spec.init(params, prompt, target_state, sampling, bucket)
+    return Slots(state, no_history(rows, bucket), recorder.init(prompt))
+
+
+def _grid(tokens: np.ndarray) -> str:
+    return f"{tokens.shape[0]} x {tokens.shape[1]} tokens"
+
+
+def _is_key(leaf) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,0 +1,226 @@
+"""Prompts as text in, completions as text out: `generate` and `stream` over a pool.
+
+pool = known_pool("runs/demo/pool")
+for completion in generate(pool, ["What is 2 + 2?"], max_new_tokens=32):
+    print(completion.text, completion.drafter, completion.num_accepted_tokens)
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from jaxspec import serving
+from jaxspec.config import UserError
+from jaxspec.engine import FOREVER, Engine, Method
+from jaxspec.requests import Completion as Row
+from jaxspec.requests import Request, bucket_of, room_of
+from jaxspec.router import BASE
+from jaxspec.store.models import encode
+from jaxspec.store.pool import Pool
+from jaxspec.store.prompts import Line
+
+Prompt = str | Sequence[Mapping[str, str]]
+STREAM_ROUNDS = 4  # rounds between two looks at what rows emitted, where someone waits for it
+STOP_ROUNDS = 16  # the same where only a stop string has to be noticed
+LOST = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What a prompt was answered with.
+
+    text: without special tokens, cut before a stop string; token_ids: to the token that ended it, that one included.
+    finish_reason: `stop` (a stop token or string) or `length`.
+    task: the router's likeliest task; drafter: who drafted, `base` or a task; route_confidence: of that task.
+    num_drafts: target calls after prefill; num_accepted_tokens_per_pos: accepted by place in the block.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    task: str | None
+    drafter: str
+    route_confidence: float
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_accepted_tokens_per_pos: list[int]
+
+
+class Piece(NamedTuple):
+    """A part of the answer to prompt `index`: whole characters, never part of a stop string; the last has `completion`."""
+
+    index: int
+    text: str
+    completion: Completion | None
+
+
+class Ask(NamedTuple):
+    """A request and the strings that end its answer."""
+
+    request: Request
+    stops: tuple[str, ...] = ()
+
+
+def generate(pool: Pool, prompts: Iterable[Prompt], **settings: Any) -> Iterator[Completion]:
+    """Answers prompts in their order, routed and lossless.
+
+    Args:
+        prompts: texts, or chats as lists of `{"role": ..., "content": ...}`.
+        settings: `max_new_tokens=128, temperature=0.0, top_k=None, top_p=None, seed=0, stop=(), drafter=None` of every
+            prompt; `batch=8` slots, and `num_speculative_tokens=None`, which takes what calibration chose.
+
+    Raises:
+        UserError: an empty prompt, one longer than the models' positions allow, an unknown drafter.
+    """
+    ready: dict[int, Completion] = {}
+    following = 0
+    for piece in _pieces(pool, prompts, rounds=STOP_ROUNDS if settings.get("stop") else FOREVER, **settings):
+        if piece.completion:
+            ready[piece.index] = piece.completion
+        while following in ready:
+            yield ready.pop(following)
+            following += 1
+
+
+def stream(pool: Pool, prompts: Iterable[Prompt], **settings: Any) -> Iterator[Piece]:
+    """Answers prompts piece by piece as their tokens are verified; settings as in `generate`."""
+    return _pieces(pool, prompts, rounds=STREAM_ROUNDS, **settings)
+
+
+def serve(pool: Pool, engine: Engine, method: Method, asks: Sequence[Ask], *, rounds: int) -> Iterator[Piece]:
+    """Pieces of the answers to `asks` as the engine says them; with `rounds` FOREVER one piece an answer."""
+    readers = [Reader(pool.pair.tokenizer, ask.stops) for ask in asks]
+    ended = lambda index, ids: readers[index].push(ids)
+    for update in engine.stream([ask.request for ask in asks], method, rounds=rounds, ended=ended):
+        row = update.completion
+        yield Piece(
+            update.index,
+            readers[update.index].take(ended=row is not None),
+            _completion(pool, update.index, readers[update.index].text, row) if row else None,
+        )
+
+
+def drafter_named(pool: Pool, name: Any) -> int | None:
+    """The route that a name asks for, `base`, a task or its label; None for None, which leaves it to the router."""
+    if name is None:
+        return None
+    labels = {label: task for task, label in enumerate(pool.facts["labels"]) if label}
+    names = {"base": BASE, **labels, **{task: i for i, task in enumerate(pool.tasks)}}
+    if not isinstance(name, str) or name not in names:
+        raise UserError(f"no drafter {name!r} in this pool; it has {', '.join(map(str, names))}")
+    return names[name]
+
+
+@lru_cache(maxsize=4)
+def engine_of(pool: Pool, num_speculative_tokens: int, slots: int, room: int, sampled: bool) -> Engine:
+    """An engine for a pool; asked again in the same shape it is the same, with all that it has compiled."""
+    return serving.speculative(pool, num_speculative_tokens, slots=slots, room=room, sampled=sampled)
+
+
+def room_for(requests: Iterable[Request]) -> int:
+    """Room of the slots for these requests, rounded so that other calls have the same."""
+    own = list(requests)
+    longest = bucket_of(max((len(r.ids) for r in own), default=1))
+    return room_of(longest, bucket_of(max((r.max_new_tokens for r in own), default=1)))
+
+
+class Reader:
+    """One answer's text as its tokens come: holds back half characters and what may become a stop string."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]):
+        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+        self.text, self.ids = "", []
+        self._taken = 0
+        self._settled, self._begin, self._end = "", 0, 0  # text of whole characters; the tokens that its end hangs on
+
+    def push(self, ids: Sequence[int]) -> int | None:
+        """Takes new ids; how many of them belong to the answer when a stop string ends it, else None."""
+        for number in range(1, len(ids) + 1) if self.stops else ():
+            self._read(ids[number - 1 : number])
+            found = [at for stop in self.stops if (at := self.text.find(stop)) >= 0]
+            if found:
+                self.text = self.text[: min(found)]
+                return number
+        if not self.stops:
+            self._read(ids)
+        return None
+
+    def take(self, ended: bool) -> str:
+        """The text that is certain by now and was not taken yet."""
+        certain = len(self.text) if ended else max(self._taken, len(self.text) - self._doubtful())
+        piece, self._taken = self.text[self._taken : certain], certain
+        return piece
+
+    def _read(self, ids: Sequence[int]) -> None:
+        """Decodes from a few settled tokens on: how a token reads depends on the ones before it."""
+        self.ids += ids
+        say = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True)
+        before, now = say(self.ids[self._begin : self._end]), say(self.ids[self._begin :])
+        self.text = self._settled + now[len(before) :]
+        if not now.endswith(LOST):
+            self._settled, self._begin, self._end = self.text, self._end, len(self.ids)
+
+    def _doubtful(self) -> int:
+        """Length of the text's end that may still change: lost bytes, or the beginning of a stop string."""
+        lost = len(self.text) - len(self.text.rstrip(LOST))
+        grows = lambda stop: next((n for n in range(len(stop) - 1, 0, -1) if self.text.endswith(stop[:n])), 0)
+        return max([lost, *map(grows, self.stops)])
+
+
+def _pieces(
+    pool: Pool,
+    prompts: Iterable[Prompt],
+    *,
+    rounds: int,
+    batch: int = 8,
+    num_speculative_tokens: int | None = None,
+    stop: str | Sequence[str] = (),
+    drafter: str | None = None,
+    max_new_tokens: int = 128,
+    **settings: Any,
+) -> Iterator[Piece]:
+    """`serve` for prompts of one setting."""
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    own = {"max_new_tokens": max_new_tokens, "route": drafter_named(pool, drafter), **settings}
+    asks = [
+        Ask(Request(ids=_ids(pool, number, prompt, max_new_tokens), number=number, **own), stops)
+        for number, prompt in enumerate(prompts)
+    ]
+    requests = [ask.request for ask in asks]
+    k = num_speculative_tokens or pool.facts["num_speculative_tokens"]
+    engine = engine_of(pool, k, batch, room_for(requests), any(r.temperature > 0 for r in requests))
+    return serve(pool, engine, serving.routed(pool, batch), asks, rounds=rounds)
+
+
+def _ids(pool: Pool, number: int, prompt: Prompt, max_new_tokens: int) -> tuple[int, ...]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(own) for own in prompt]
+    line = Line(str(number), messages, None, None, {}, f"prompt {number}")
+    if not line.text.strip():
+        raise UserError(f"{line.source} is empty; write a text")
+    ids = encode(pool.pair.tokenizer, line)
+    room = pool.pair.longest - max_new_tokens
+    if len(ids) > room:
+        raise UserError(
+            f"{line.source} has {len(ids)} tokens, {room} is the most: the models' {pool.pair.longest} positions less "
+            f"max_new_tokens {max_new_tokens}; shorten it or lower max_new_tokens"
+        )
+    return ids
+
+
+def _completion(pool: Pool, index: int, text: str, row: Row) -> Completion:
+    return Completion(
+        index=index,
+        text=text,
+        token_ids=row.ids,
+        finish_reason=row.finish_reason,
+        task=pool.tasks[row.task] if row.task >= 0 else None,
+        drafter="base" if row.route == BASE else pool.tasks[row.route],
+        route_confidence=round(row.confidence, 4),
+        num_drafts=int(row.counts.num_drafts),
+        num_draft_tokens=int(row.counts.num_draft_tokens),
+        num_accepted_tokens=int(row.counts.num_accepted_tokens),
+        num_accepted_tokens_per_pos=row.counts.accepted_by_position.tolist(),
+    )
