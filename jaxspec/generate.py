@@ -16,9 +16,10 @@ import numpy as np
 from jax import Array
 
 from jaxspec.metrics import Counts, count, no_counts, up_to_the_end
+from jaxspec.recording import NOTHING, Recorder
 from jaxspec.sampling import row_key
 from jaxspec.speculate import run, speculator
-from jaxspec.types import Drafter, Prompt, Sampling, SpecInfo, SpecParams, Target
+from jaxspec.types import Drafter, Prompt, Rule, Sampling, SpecParams, Target
 
 BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 MAX_DRAFT = 16  # slack in every buffer, so that programs of all draft lengths share one prefill
@@ -58,30 +59,16 @@ class Decoder(NamedTuple):
     decode: Callable
 
 
-class Recorder(NamedTuple):
-    """What else is gathered of every round.
-
-    init: (prompt) -> record, rows first.
-    fold: (record, info) -> record.
-    """
-
-    init: Callable[[Prompt], Any]
-    fold: Callable[[Any, SpecInfo], Any]
-
-
-NOTHING = Recorder(lambda prompt: (), lambda record, info: record)
-
-
 def decoder(
     target: Target,
     drafter: Drafter,
-    law: Callable,
+    rule: Rule,
     *,
     stop_tokens: Sequence[int],
     recorder: Recorder = NOTHING,
 ) -> Decoder:
     """The two programs of one way of decoding; nothing is compiled before the first batch."""
-    spec = speculator(target, drafter, law, stop_tokens=stop_tokens)
+    spec = speculator(target, drafter, rule, stop_tokens=stop_tokens)
 
     @partial(jax.jit, static_argnames="slots")
     def prefill(params, tokens, length, slots):

@@ -31,15 +31,15 @@ def speculative(pool: Pool, num_speculative_tokens: int, *, sampled: bool) -> De
     """The programs of speculative decoding with an LM drafter; one pair for every route, weights are arguments."""
     pair, dtype = pool.pair, _dtype(pool)
     drafter = lm_drafter(pair.draft.config, num_speculative_tokens, vocab_size=pair.vocab_size, dtype=dtype)
-    law = verify.rejection if sampled else verify.greedy
-    return decoder(lm_target(pair.target.config, dtype), drafter, law, stop_tokens=pair.stop_tokens)
+    rule = verify.rejection if sampled else verify.greedy
+    return decoder(lm_target(pair.target.config, dtype), drafter, rule, stop_tokens=pair.stop_tokens)
 
 
 def autoregressive(pool: Pool, width: int, *, sampled: bool) -> Decoder:
     """The programs of autoregressive decoding through a window of `width` columns."""
-    law = verify.rejection if sampled else verify.greedy
+    rule = verify.rejection if sampled else verify.greedy
     target = lm_target(pool.pair.target.config, _dtype(pool))
-    return decoder(target, silent_drafter(width - 1), law, stop_tokens=pool.pair.stop_tokens)
+    return decoder(target, silent_drafter(width - 1), rule, stop_tokens=pool.pair.stop_tokens)
 
 
 def answer(
