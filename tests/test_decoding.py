@@ -15,6 +15,7 @@ from jaxspec.adapters import init_bank, merge
 from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.generate import Request, complete, decoder, slots_of
+from jaxspec.recording import NOTHING
 from jaxspec.speculate import speculator
 from jaxspec.target import lm_target
 from jaxspec.transformer import LMConfig, forward, init, unembed
@@ -39,11 +40,15 @@ BUDGET = 24
 PROMPTS = [tuple(np.random.default_rng(i).integers(8, 40, size=n).tolist()) for i, n in enumerate((3, 9, 1, 14))]
 
 
-def programs(config: LMConfig, k: int, law=verify.greedy, stops=(EOS,)):
-    return decoder(lm_target(TARGET), lm_drafter(config, k), law, stop_tokens=stops)
+def programs(config: LMConfig, k: int, rule=verify.greedy, stops=(EOS,), recorder=NOTHING):
+    return decoder(lm_target(TARGET), lm_drafter(config, k), rule, stop_tokens=stops, recorder=recorder)
 
 
-def answer(program, params, prompts=PROMPTS, batch=4, route=-1, **settings):
+def answer(*args, **settings):
+    return decoded(*args, **settings).completions
+
+
+def decoded(program, params, prompts=PROMPTS, batch=4, route=-1, **settings):
     requests = [Request(ids=ids, max_new_tokens=BUDGET, number=i) for i, ids in enumerate(prompts)]
     requests = [dataclasses.replace(r, **settings) for r in requests]
     return complete(
@@ -55,7 +60,7 @@ def answer(program, params, prompts=PROMPTS, batch=4, route=-1, **settings):
         batch=batch,
         budget=BUDGET,
         vocab_size=TARGET.vocab_size,
-    ).completions
+    )
 
 
 SPEC = {k: programs(SMALL, k) for k in (1, 3)}
@@ -83,12 +88,12 @@ def test_greedy_equals_plain_decoding(k):
         assert completion.ids == plain_greedy(ids)
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("rule, temperature", [("greedy", 0.0), ("rejection", 1.0), ("gumbel", 1.0)])
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_a_drafter_that_is_the_target_loses_nothing(k, sampled):
+def test_a_drafter_that_is_the_target_loses_nothing(k, rule, temperature):
     """Kept with certainty at temperature 0 and, as q is p, at temperature 1 but for rounding between two programs."""
-    program = programs(TARGET, k, verify.rejection if sampled else verify.greedy, stops=())
-    counts = metrics.total(c.counts for c in answer(program, LMDrafterParams(PARAMS), temperature=float(sampled)))
+    program = programs(TARGET, k, getattr(verify, rule), stops=())
+    counts = metrics.total(c.counts for c in answer(program, LMDrafterParams(PARAMS), temperature=temperature))
     assert counts.drafted_by_position.sum() > 0
     assert (counts.accepted_by_position == counts.drafted_by_position).all()
     assert counts.num_drafts == 4 * -(-BUDGET // (k + 1))

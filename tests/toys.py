@@ -65,9 +65,11 @@ def table_tree(parents: tuple[int, ...]) -> Drafter:
     return Drafter(len(parents), lambda table, prompt, slots: (), propose, lambda params, state, verdict, scores: state)
 
 
-def settings_of(name: str, rows: int) -> Sampling:
-    """One of `SETTINGS` for all of `rows`."""
-    return jax.tree.map(lambda setting: jnp.repeat(jnp.asarray(setting), rows), SETTINGS[name])
+def every_setting(rows: int, vocab: int) -> Sampling:
+    """Rows of all `SETTINGS` in turn, in one batch."""
+    keep_all = Sampling(np.ones(1, np.float32), np.full(1, vocab, np.int32), np.ones(1, np.float32))
+    whole = [[kept if own is None else own for own, kept in zip(each, keep_all)] for each in SETTINGS.values()]
+    return Sampling(*(jnp.resize(jnp.concatenate(column), rows) for column in zip(*whole)))
 
 
 def decode(spec, target, drafter, prompt: Prompt, sampling: Sampling | None) -> SpecState:
