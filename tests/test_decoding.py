@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import prompt_of
 
 from jaxspec import metrics, verify
 from jaxspec.adapters import init_bank, merge
@@ -16,7 +17,7 @@ from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.generate import Request, complete, decoder, slots_of
 from jaxspec.recording import NOTHING
-from jaxspec.speculate import speculator
+from jaxspec.speculate import run, speculator
 from jaxspec.target import lm_target
 from jaxspec.transformer import LMConfig, forward, init, unembed
 from jaxspec.types import Sampling, SpecParams
@@ -154,6 +155,39 @@ def test_a_stop_beats_the_budget_and_a_budget_is_kept():
         assert (completion.ids, completion.finish_reason) == (text[: min(at + 1, budget)], reason)
 
 
+def test_nothing_behind_a_stop_leaks():
+    """Not to the buffer, the counts or the lengths of the caches; a finished row stays as it is. Whole blocks are kept."""
+    limits = (24, 24, 5, 11)
+    text = [plain_greedy(ids, limit, stop=-1) for ids, limit in zip(PROMPTS, limits, strict=True)]
+    stops = text[0][6], text[1][2], text[3][7]
+    cut = np.array([next((i + 1 for i, token in enumerate(out) if token in stops), len(out)) for out in text])
+    lengths = jnp.array([len(ids) for ids in PROMPTS])
+    padded = np.array([np.pad(ids, (0, 14 - len(ids))) for ids in PROMPTS])
+    prompt = prompt_of(padded, limit=1)._replace(length=lengths, limit=jnp.array(limits))
+    spec = speculator(lm_target(TARGET), lm_drafter(TARGET, 4), verify.greedy, stop_tokens=stops)
+    params = SpecParams(PARAMS, LMDrafterParams(PARAMS))
+
+    @jax.jit
+    def decode():
+        start = spec.init(params, prompt, lm_target(TARGET).init(PARAMS, prompt, 64)[0], None, 64)
+        return run(spec.step, metrics.count, params, start, metrics.no_counts(4, 4))
+
+    state, counts = decode()
+    for row, ids, out, size in zip(np.asarray(state.tokens), PROMPTS, text, cut, strict=True):
+        assert row.tolist() == [*ids, *out[:size], *[0] * (64 - len(ids) - size)]
+    np.testing.assert_array_equal(state.stopped, [out[size - 1] in stops for out, size in zip(text, cut)])
+    np.testing.assert_array_equal(state.length, lengths + cut)
+    np.testing.assert_array_equal(state.drafter.length, state.length)
+    np.testing.assert_array_equal(state.target.length, state.length - 1)
+    np.testing.assert_array_equal(counts.num_emitted, cut)
+    later, info = jax.jit(spec.step)(params, state)
+    assert not info.verdict.num_emitted.any() and not info.num_drafted.any() and not info.num_accepted.any()
+    for kept, before in zip(later[:6], state[:6], strict=True):
+        assert (kept == before).all()
+    np.testing.assert_array_equal(later.target.length, state.target.length)
+    np.testing.assert_array_equal(later.drafter.length, state.drafter.length)
+
+
 def test_counts_equal_a_simulation_along_the_output():
     """Accepted over drafted as the reference counts it: from teacher-forced agreement, places past the end left out."""
     k = 3
@@ -182,8 +216,6 @@ def test_a_step_preserves_the_type_of_its_state(sampled):
     sampling = Sampling(jnp.ones(2)) if sampled else None
 
     def start():
-        from toys import prompt_of
-
         prompt = prompt_of([[1, 2, 3], [4, 5, 6]], limit=5)
         slots = slots_of(3, 5)
         state, _ = lm_target(TARGET).init(PARAMS, prompt, slots)

@@ -1,5 +1,7 @@
 """Language models about which everything is known: a table of logits is a model, its distributions are exact."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +79,12 @@ def decode(spec, target, drafter, prompt: Prompt, sampling: Sampling | None) -> 
     params = SpecParams(jnp.asarray(target), jnp.asarray(drafter))
     slots = prompt.tokens.shape[1] + int(prompt.limit.max()) + spec.num_nodes + 1
     state = spec.init(params, prompt, (), sampling, slots)
-    return jax.jit(lambda: run(spec.step, lambda stats, info: stats, params, state, ()))()[0]
+    return _loop(spec)(params, state)
+
+
+@cache
+def _loop(spec):
+    return jax.jit(lambda params, state: run(spec.step, lambda stats, info: stats, params, state, ())[0])
 
 
 def prompt_of(tokens, *, limit: int, seed: int = 0, draft_limit: int = 99, route=None) -> Prompt:
