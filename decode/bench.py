@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -65,6 +65,8 @@ class Bench:
     """Tokens drafted a round; None is what calibration chose."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
+    acceptance: Literal["rejection", "gumbel"] = "rejection"
+    """Rule above temperature 0: p/q rejection, or Gumbel coupling, whose text does not depend on the drafter."""
     top_k: int | None = None
     """Sample among so many tokens."""
     top_p: float | None = None
@@ -88,15 +90,15 @@ def run(config: Bench) -> None:
     asks = _asks(config, pool)
     batches = list(_batches(asks, config))
     k = config.num_speculative_tokens or pool.facts["num_speculative_tokens"]
-    sampled = config.temperature > 0
+    rule = config.acceptance if config.temperature > 0 else "greedy"
     shape = _shape(config, asks)
-    spec = serving.speculative(pool, k, sampled=sampled, **shape)
+    spec = serving.speculative(pool, k, rule, **shape)
     work = Work(config, asks, batches, _methods(config, pool, asks))
-    width, autoregressive = _fastest(work, pool, shape, sampled)
+    width, autoregressive = _fastest(work, pool, shape, rule)
     engines = {name: autoregressive if name == "autoregressive" else spec for name in work.methods}
     work.warm_up(engines)
     passes = work.passes(engines)
-    parity = {} if sampled else work.parity(engines)
+    parity = {} if rule == "rejection" else work.parity(engines)
     bench = {
         **_conditions(config, pool, width, k),
         **figures(pool, asks, passes, parity),
@@ -258,10 +260,10 @@ def _methods(config: Bench, pool: Pool, asks: Sequence[Ask]) -> dict[str, Chosen
     return made
 
 
-def _fastest(work: Work, pool: Pool, shape: dict, sampled: bool) -> tuple[int, Engine]:
+def _fastest(work: Work, pool: Pool, shape: dict, rule: str) -> tuple[int, Engine]:
     """The width at which autoregressive decoding of a few prompts is fastest; the median of three tries a width."""
     sample = [rows for _, rows in work.batches[:: max(1, len(work.batches) // 3)]][:3]
-    engines = {w: serving.autoregressive(pool, w, sampled=sampled, **shape) for w in work.config.widths}
+    engines = {w: serving.autoregressive(pool, w, rule, **shape) for w in work.config.widths}
     tries: dict[int, list[float]] = {width: [] for width in engines}
     for number in range(4):
         for width, engine in engines.items():
@@ -280,6 +282,7 @@ def _conditions(config: Bench, pool: Pool, width: int, k: int) -> dict:
         "batch": config.batch,
         "num_speculative_tokens": k,
         "temperature": config.temperature,
+        "acceptance": config.acceptance if config.temperature > 0 else "greedy",
         "commit": _commit(),
         "pool": str(config.pool),
         "autoregressive_width": width,

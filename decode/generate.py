@@ -21,14 +21,14 @@ from typing import IO, Any, Literal
 
 from tqdm import tqdm
 
-from jaxspec import serving
+from jaxspec import recording, serving
 from jaxspec.config import UserError, command_line
 from jaxspec.engine import Engine
 from jaxspec.requests import MAX_DRAFT, Request
 from jaxspec.store.models import encode
 from jaxspec.store.pool import Pool, load_pool
 from jaxspec.store.prompts import Fault, Line, read_lines
-from jaxspec.text import Ask, Completion, drafter_named, room_for, serve
+from jaxspec.text import Ask, Completion, drafter_named, room_for, rule_for, serve
 
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "drafter")
 # What a request's numbers may be: their types, whether a value holds, and how a person says it.
@@ -39,6 +39,7 @@ RULES = {
     "top_p": ((int, float, type(None)), lambda x: x is None or 0 < x <= 1, "a number above 0 and up to 1"),
     "seed": ((int,), lambda x: 0 <= x < 2**31, "a whole number from 0 to 2147483647"),
 }
+UNSAID = ("index", "num_accepted_tokens_per_pos")
 ROUNDS = 32  # between two looks at stop strings and at a notice of preemption
 SYNC = 1.0  # seconds of records that a power cut may cost
 
@@ -63,6 +64,8 @@ class Generate:
     """Longest completion, in tokens."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
+    acceptance: Literal["rejection", "gumbel"] = "rejection"
+    """Rule above temperature 0: p/q rejection, or Gumbel coupling, whose text does not depend on the drafter."""
     top_k: int | None = None
     """Sample among so many tokens."""
     top_p: float | None = None
@@ -71,6 +74,8 @@ class Generate:
     """Seed of sampling."""
     num_speculative_tokens: int | None = None
     """Tokens drafted a round; None is what calibration chose."""
+    logprobs: bool = False
+    """Record the target's log probability of each token: as it is, and after the sampling settings."""
     explain: bool = False
     """Print the programs that were compiled, their shapes and seconds."""
     dtype: str = ""
@@ -177,10 +182,11 @@ def _answers(config: Generate, pool: Pool, todo: Sequence[tuple[int, Ask]], asks
     engine = serving.speculative(
         pool,
         config.num_speculative_tokens or pool.facts["num_speculative_tokens"],
+        rule_for(requests, config.acceptance),
         slots=config.batch,
         room=room_for(requests),
-        sampled=any(request.temperature > 0 for request in requests),
         admit_rows=config.admit_rows,
+        recorder=recording.logprobs(room_for(requests)) if config.logprobs else recording.NOTHING,
     )
     method = serving.routed(pool, config.batch)
     for piece in serve(pool, engine, method, [ask for _, ask in todo], rounds=ROUNDS):
@@ -197,8 +203,7 @@ def explain(engine: Engine) -> None:
 
 
 def _record(line: Line | Fault, completion: Completion) -> dict[str, Any]:
-    own = vars(completion).copy()
-    del own["index"], own["num_accepted_tokens_per_pos"]
+    own = {name: value for name, value in vars(completion).items() if name not in UNSAID and value is not None}
     return {"id": line.id, **own}
 
 

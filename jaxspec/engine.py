@@ -17,25 +17,13 @@ import numpy as np
 from jax import Array
 
 from jaxspec.metrics import History, counts, no_history, remember
+from jaxspec.recording import NOTHING, Recorder
 from jaxspec.requests import MAX_DRAFT, Completion, Request, as_prompt, as_sampling, as_tokens, bucket_of
 from jaxspec.speculate import run, speculator
-from jaxspec.types import Drafter, Prompt, Sampling, SpecInfo, SpecParams, SpecState, Target
+from jaxspec.types import Drafter, Prompt, Rule, Sampling, SpecParams, SpecState, Target
+from jaxspec.verify import greedy
 
 FOREVER = 1 << 30
-
-
-class Recorder(NamedTuple):
-    """What else is gathered of every round.
-
-    init: (prompt) -> record, rows first.
-    fold: (record, info) -> record.
-    """
-
-    init: Callable[[Prompt], Any]
-    fold: Callable[[Any, SpecInfo], Any]
-
-
-NOTHING = Recorder(lambda prompt: (), lambda record, info: record)
 
 
 class Slots(NamedTuple):
@@ -63,7 +51,7 @@ class Programs(NamedTuple):
 
 
 def programs(
-    target: Target, drafter: Drafter, rule, *, stop_tokens: Sequence[int], recorder: Recorder = NOTHING
+    target: Target, drafter: Drafter, rule: Rule, *, stop_tokens: Sequence[int], recorder: Recorder = NOTHING
 ) -> Programs:
     """Composes the programs of a target, a drafter and an acceptance rule."""
     spec = speculator(target, drafter, rule, stop_tokens=stop_tokens)
@@ -95,7 +83,7 @@ def programs(
 def empty_slots(
     target: Target,
     drafter: Drafter,
-    rule,
+    rule: Rule,
     params: SpecParams,
     *,
     slots: int,
@@ -205,12 +193,12 @@ class Engine:
     """B slots of one way of decoding; the compiled programs and the caches outlive a call.
 
     Args:
-        target, drafter, rule, recorder: what is composed, see `programs`.
+        target, drafter, rule, recorder: what is composed, see `programs`; the rule `greedy` decodes every row greedily, any
+            other serves rows of all sampling settings.
         target_params: the target's parameters.
         slots: B, rows decoded together.
         room: tokens that a slot holds, see `room_of`.
         admit_rows: R, prompts read together; a request's text does not depend on who is read with it.
-        sampled: False decodes every row greedily; True serves rows of any sampling settings.
         smallest: the smallest prompt bucket; a large one means few programs, where compiling costs more than padding.
     """
 
@@ -218,7 +206,7 @@ class Engine:
         self,
         target: Target,
         drafter: Drafter,
-        rule,
+        rule: Rule,
         target_params,
         *,
         stop_tokens: Sequence[int],
@@ -226,18 +214,17 @@ class Engine:
         room: int,
         vocab_size: int,
         admit_rows: int = 1,
-        sampled: bool = False,
         smallest: int = 32,
         recorder: Recorder = NOTHING,
     ):
         self.programs = programs(target, drafter, rule, stop_tokens=stop_tokens, recorder=recorder)
         self.slots, self.room, self.vocab_size, self.smallest = slots, room, vocab_size, smallest
-        self.admit_rows, self.sampled = min(admit_rows, slots), sampled
+        self.admit_rows, self.sampled = min(admit_rows, slots), rule is not greedy
         self.seconds = Seconds()
         self.compiled: list[Compiled] = []
         self._target_params = target_params
         self._empty = lambda params: empty_slots(
-            target, drafter, rule, params, slots=slots, room=room, sampled=sampled, recorder=recorder
+            target, drafter, rule, params, slots=slots, room=room, sampled=self.sampled, recorder=recorder
         )
         self._states: dict[Any, Slots] = {}
         self._width = f"{slots} x {self.programs.num_nodes + 1} tokens"

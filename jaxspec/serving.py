@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,36 +10,27 @@ import numpy as np
 from jaxspec import router, verify
 from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
-from jaxspec.engine import NOTHING, Engine, Method, Recorder, Routes, unrouted
-from jaxspec.requests import BUCKETS
+from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.store.pool import Pool
 from jaxspec.target import lm_target
+from jaxspec.types import Drafter
 
 
-def speculative(
-    pool: Pool,
-    num_speculative_tokens: int,
-    *,
-    slots: int,
-    room: int,
-    sampled: bool,
-    admit_rows: int = 1,
-    smallest: int = BUCKETS[0],
-    recorder: Recorder = NOTHING,
-) -> Engine:
-    """Speculative decoding with an LM drafter; weights and routes are arguments of its programs."""
+def speculative(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", **shape: Any) -> Engine:
+    """Speculative decoding with an LM drafter; weights and routes are arguments of its programs.
+
+    Args:
+        rule: a name in `verify.RULES`; `greedy` decodes every row greedily.
+        shape: `slots`, `room` and what else an `Engine` takes.
+    """
     pair, dtype = pool.pair, _dtype(pool)
     drafter = lm_drafter(pair.draft.config, num_speculative_tokens, vocab_size=pair.vocab_size, dtype=dtype)
-    shape = {"slots": slots, "room": room, "sampled": sampled, "admit_rows": admit_rows, "smallest": smallest}
-    return _engine(pool, drafter, recorder=recorder, **shape)
+    return _engine(pool, drafter, rule, **shape)
 
 
-def autoregressive(
-    pool: Pool, width: int, *, slots: int, room: int, sampled: bool, admit_rows: int = 1, smallest: int = BUCKETS[0]
-) -> Engine:
+def autoregressive(pool: Pool, width: int, rule: str = "greedy", **shape: Any) -> Engine:
     """Autoregressive decoding through a window of `width` columns."""
-    shape = {"slots": slots, "room": room, "sampled": sampled, "admit_rows": admit_rows, "smallest": smallest}
-    return _engine(pool, silent_drafter(width - 1), **shape)
+    return _engine(pool, silent_drafter(width - 1), rule, **shape)
 
 
 def always(pool: Pool, name: str) -> Method:
@@ -78,18 +70,11 @@ def adapted(pool: Pool, slots: int) -> Callable[[np.ndarray], LMDrafterParams]:
     return lambda routes: banked
 
 
-def _engine(pool: Pool, drafter, *, sampled: bool, **shape) -> Engine:
+def _engine(pool: Pool, drafter: Drafter, rule: str, **shape: Any) -> Engine:
     pair = pool.pair
-    return Engine(
-        lm_target(pair.target.config, _dtype(pool)),
-        drafter,
-        verify.rejection if sampled else verify.greedy,
-        pair.target.params,
-        stop_tokens=pair.stop_tokens,
-        vocab_size=pair.vocab_size,
-        sampled=sampled,
-        **shape,
-    )
+    target = lm_target(pair.target.config, _dtype(pool))
+    known = {"stop_tokens": pair.stop_tokens, "vocab_size": pair.vocab_size}
+    return Engine(target, drafter, verify.RULES[rule], pair.target.params, **known, **shape)
 
 
 def _dtype(pool: Pool):

@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxspec.sampling import DRAFT, VERIFY, round_key
-from jaxspec.types import Drafter, Prompt, SpecInfo, SpecParams, SpecState, Speculator, Target, Verdict
-from jaxspec.verify import walk
+from jaxspec.sampling import DRAFT
+from jaxspec.types import Draft, Drafter, Prompt, Rule, SpecInfo, SpecParams, SpecState, Speculator, Target, Verdict
+from jaxspec.verify import walk, window_noise
 
 
-def speculator(target: Target, drafter: Drafter, law: Callable, *, stop_tokens: Sequence[int]) -> Speculator:
+def speculator(target: Target, drafter: Drafter, rule: Rule, *, stop_tokens: Sequence[int]) -> Speculator:
     """Composes a target, a drafter and an acceptance rule into one pure step.
 
     Args:
-        law: acceptance rule of one row, see `jaxspec.verify`.
+        rule: what is kept of a draft, see `jaxspec.verify`.
         stop_tokens: token ids that end a row; the stop token itself is emitted.
     """
     stops = jnp.asarray(tuple(stop_tokens), jnp.int32)
@@ -46,9 +46,8 @@ def speculator(target: Target, drafter: Drafter, law: Callable, *, stop_tokens: 
     def step(params: SpecParams, state: SpecState) -> tuple[SpecState, SpecInfo]:
         last = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
         with jax.named_scope("propose"):
-            key = round_key(state.key, state.length, DRAFT)
             draft, drafter_state = drafter.propose(
-                params.drafter, state.drafter, state.tokens, state.length, key, state.sampling
+                params.drafter, state.drafter, state.tokens, state.length, _noise(rule, state), state.sampling
             )
             allowed = jnp.where(state.done, 0, state.draft_limit)
             draft = draft._replace(num_drafted=jnp.minimum(draft.num_drafted, allowed))
@@ -56,7 +55,7 @@ def speculator(target: Target, drafter: Drafter, law: Callable, *, stop_tokens: 
             window = jnp.concatenate([last, draft.tokens], axis=1)
             scores, target_state = target.score(params.target, state.target, window, draft.parents, state.sampling)
         with jax.named_scope("verify"):
-            full = _verify(law, state, draft, scores.log_p)
+            full = _verify(rule, state, draft, scores.log_p)
             verdict, stopped = _cut(full, state, stops)
         with jax.named_scope("commit"):
             drafter_state = drafter.commit(params.drafter, drafter_state, verdict, scores)
@@ -68,13 +67,19 @@ def speculator(target: Target, drafter: Drafter, law: Callable, *, stop_tokens: 
     return Speculator(drafter.num_nodes, init, step)
 
 
+def any_running(state: SpecState, stats: Any) -> Array:
+    """Whether a row has not ended."""
+    del stats
+    return ~jnp.all(state.done)
+
+
 def run(
     step: Callable,
     fold: Callable[[Any, SpecInfo], Any],
     params: SpecParams,
     state: SpecState,
     stats: Any,
-    go_on: Callable,
+    go_on: Callable[[SpecState, Any], Array] = any_running,
 ) -> tuple[SpecState, Any]:
     """Repeats `step` on the device while `go_on(state, stats)`, folding each round's info into `stats`."""
 
@@ -86,11 +91,18 @@ def run(
     return jax.lax.while_loop(lambda carry: go_on(*carry), body, (state, stats))
 
 
-def _verify(law: Callable, state: SpecState, draft, log_p: Array) -> Verdict:
-    rows = jax.vmap(law)(draft, log_p)
+def _noise(rule: Rule, state: SpecState) -> Callable[[Array], Array]:
+    """What a drafter draws with: step -> `[B]` keys."""
+    of_row = lambda key, start, step: rule.noise(key, start, DRAFT, step, step)
+    return lambda step: jax.vmap(of_row, (0, 0, None))(state.key, state.length, step)
+
+
+def _verify(rule: Rule, state: SpecState, draft: Draft, log_p: Array) -> Verdict:
+    law = jax.vmap(rule.law)(draft, log_p)
     if state.sampling is None:
-        return jax.vmap(lambda d, r: walk(None, d, r))(draft, rows)
-    return jax.vmap(walk)(round_key(state.key, state.length, VERIFY), draft, rows)
+        return jax.vmap(lambda one, rows: walk(None, one, rows))(draft, law)
+    noise = jax.vmap(lambda key, start, one: window_noise(rule, key, start, one))(state.key, state.length, draft)
+    return jax.vmap(walk)(noise, draft, law)
 
 
 def _cut(verdict: Verdict, state: SpecState, stops: Array) -> tuple[Verdict, Array]:

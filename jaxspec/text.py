@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from jaxspec import serving
+import numpy as np
+
+from jaxspec import recording, serving
 from jaxspec.config import UserError
 from jaxspec.engine import FOREVER, Engine, Method
 from jaxspec.requests import Completion as Row
@@ -34,6 +36,7 @@ class Completion:
     finish_reason: `stop` (a stop token or string) or `length`.
     task: the router's likeliest task; drafter: who drafted, `base` or a task; route_confidence: of that task.
     num_drafts: target calls after prefill; num_accepted_tokens_per_pos: accepted by place in the block.
+    logprobs: the target's log probability of each token, in nats: as it is, and after temperature, top-k and top-p.
     """
 
     index: int
@@ -47,6 +50,8 @@ class Completion:
     num_draft_tokens: int
     num_accepted_tokens: int
     num_accepted_tokens_per_pos: list[int]
+    logprobs: list[float] | None = None
+    sampling_logprobs: list[float] | None = None
 
 
 class Piece(NamedTuple):
@@ -70,7 +75,8 @@ def generate(pool: Pool, prompts: Iterable[Prompt], **settings: Any) -> Iterator
     Args:
         prompts: texts, or chats as lists of `{"role": ..., "content": ...}`.
         settings: `max_new_tokens=128, temperature=0.0, top_k=None, top_p=None, seed=0, stop=(), drafter=None` of every
-            prompt; `batch=8` slots, and `num_speculative_tokens=None`, which takes what calibration chose.
+            prompt; `batch=8` slots; `num_speculative_tokens=None`, which takes what calibration chose; and
+            `acceptance="rejection"` or `"gumbel"`, the rule above temperature 0; `logprobs=False`.
 
     Raises:
         UserError: an empty prompt, one longer than the models' positions allow, an unknown drafter.
@@ -115,9 +121,15 @@ def drafter_named(pool: Pool, name: Any) -> int | None:
 
 
 @lru_cache(maxsize=4)
-def engine_of(pool: Pool, num_speculative_tokens: int, slots: int, room: int, sampled: bool) -> Engine:
+def engine_of(pool: Pool, num_speculative_tokens: int, rule: str, slots: int, room: int, log_probs: bool) -> Engine:
     """An engine for a pool; asked again in the same shape it is the same, with all that it has compiled."""
-    return serving.speculative(pool, num_speculative_tokens, slots=slots, room=room, sampled=sampled)
+    recorder = recording.logprobs(room) if log_probs else recording.NOTHING
+    return serving.speculative(pool, num_speculative_tokens, rule, slots=slots, room=room, recorder=recorder)
+
+
+def rule_for(requests: Iterable[Request], acceptance: str) -> str:
+    """Greedy programs where every request is greedy, else the acceptance rule asked for."""
+    return acceptance if any(request.temperature > 0 for request in requests) else "greedy"
 
 
 def room_for(requests: Iterable[Request]) -> int:
@@ -177,6 +189,8 @@ def _pieces(
     rounds: int,
     batch: int = 8,
     num_speculative_tokens: int | None = None,
+    acceptance: str = "rejection",
+    logprobs: bool = False,
     stop: str | Sequence[str] = (),
     drafter: str | None = None,
     max_new_tokens: int = 128,
@@ -191,7 +205,7 @@ def _pieces(
     ]
     requests = [ask.request for ask in asks]
     k = num_speculative_tokens or pool.facts["num_speculative_tokens"]
-    engine = engine_of(pool, k, batch, room_for(requests), any(r.temperature > 0 for r in requests))
+    engine = engine_of(pool, k, rule_for(requests, acceptance), batch, room_for(requests), logprobs)
     return serve(pool, engine, serving.routed(pool, batch), asks, rounds=rounds)
 
 
@@ -211,6 +225,8 @@ def _ids(pool: Pool, number: int, prompt: Prompt, max_new_tokens: int) -> tuple[
 
 
 def _completion(pool: Pool, index: int, text: str, row: Row) -> Completion:
+    recorded = isinstance(row.record, recording.LogProbs)
+    of = lambda values: np.round(values[: len(row.ids)], 5).tolist()
     return Completion(
         index=index,
         text=text,
@@ -223,4 +239,6 @@ def _completion(pool: Pool, index: int, text: str, row: Row) -> Completion:
         num_draft_tokens=int(row.counts.num_draft_tokens),
         num_accepted_tokens=int(row.counts.num_accepted_tokens),
         num_accepted_tokens_per_pos=row.counts.accepted_by_position.tolist(),
+        logprobs=of(row.record.raw) if recorded else None,
+        sampling_logprobs=of(row.record.sampled) if recorded else None,
     )

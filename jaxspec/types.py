@@ -103,7 +103,9 @@ class Drafter(NamedTuple):
 
     num_nodes: N, fixed when the drafter is built.
     init: (params, prompt: Prompt) -> state.
-    propose: (params, state, tokens `[B, L]`, length `[B]`, key `[B]`, sampling) -> (Draft, state).
+    propose: (params, state, tokens `[B, L]`, length `[B]`, noise, sampling) -> (Draft, state), where `noise(step)`, for a
+        Python or a traced int, gives the `[B]` keys to draw the token with that lies `step` places after the last one,
+        0..N - 1. The rule in force makes them; a drafter that draws with them suits every rule.
     commit: (params, state, verdict, scores) -> state, rewound to what was emitted.
     """
 
@@ -111,6 +113,18 @@ class Drafter(NamedTuple):
     init: Callable[..., State]
     propose: Callable[..., tuple[Draft, State]]
     commit: Callable[..., State]
+
+
+class Rule(NamedTuple):
+    """An acceptance rule, two pure functions of one row.
+
+    law: (draft, log_p `[W, V]`) -> `[W, V]` distribution of the token emitted after each window row.
+    noise: (row's key, start, role, node, depth) -> key of one draw, in the round that begins at length `start`: for the
+        drafter or the target (`role`), at a window row (`node`), for the token `depth` places after the last one.
+    """
+
+    law: Callable[[Draft, Array], Array]
+    noise: Callable[..., Array]
 
 
 class Target(NamedTuple):

@@ -1,28 +1,32 @@
 """Acceptance rules, and the walk that draws along them.
 
-A rule is a deterministic `law(draft, log_p) -> [W, V]`, written for one row: the distribution of the token emitted after
-each window row, given what was drafted. `walk` draws from it and descends while the drawn token is a drafted child, so
-that a rule is exact when its law, averaged over drafts, is the target's; tests enumerate the very functions here.
+A rule's law is a deterministic `law(draft, log_p) -> [W, V]`, written for one row: the distribution of the token emitted
+after each window row, given what was drafted. `walk` draws from it and descends while the drawn token is a drafted child,
+so that a rule is exact when its law, averaged over drafts, is the target's; tests enumerate the very functions here.
+
+`greedy` and `gumbel` let the target draw what it would draw anyway, for chains and trees of any drafter; `rejection`
+keeps more of a sampled chain.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxspec.sampling import draw
-from jaxspec.types import Draft, Verdict
+from jaxspec.sampling import VERIFY, draw, of_the_round, of_the_token
+from jaxspec.types import Draft, Rule, Verdict
 
 
-def greedy(draft: Draft, log_p: Array) -> Array:
-    """The target's own choice after every row; for a `log_p` that is one-hot, as `sampling=None` makes it."""
+def targets_own(draft: Draft, log_p: Array) -> Array:
+    """The target's own law after every row, whatever was drafted."""
     del draft
     return jnp.exp(log_p)
 
 
-def rejection(draft: Draft, log_p: Array) -> Array:
+def p_over_q(draft: Draft, log_p: Array) -> Array:
     """Keeps a drafted token with probability min(1, p/q), else draws from the residual max(p - q, 0).
 
-    Source: Leviathan et al. 2023, https://arxiv.org/abs/2211.17192. Exact for every drafter; chains only.
+    Source: Leviathan et al. 2023, https://arxiv.org/abs/2211.17192. Exact for every drafter, and for chains only: it
+    tries one draft a row.
 
     Args:
         draft: one row's `tokens [N]`, `num_drafted []`, `log_q [N, V]` or None for a deterministic proposal.
@@ -31,6 +35,8 @@ def rejection(draft: Draft, log_p: Array) -> Array:
     Returns:
         `[W, V]` law of the token emitted after each row; rows past `num_drafted` follow p itself.
     """
+    if draft.parents is not None:
+        raise ValueError("rejection is exact for chains, this draft has parents; verify trees with greedy or gumbel")
     num_nodes, vocab = draft.tokens.shape[0], log_p.shape[-1]
     chosen = jax.nn.one_hot(draft.tokens, vocab)
     q = chosen if draft.log_q is None else jnp.exp(draft.log_q)
@@ -48,23 +54,43 @@ def rejection(draft: Draft, log_p: Array) -> Array:
     return accept * chosen + (1 - accept) * residual
 
 
-def walk(key: Array | None, draft: Draft, law: Array) -> Verdict:
+greedy = Rule(targets_own, of_the_round)
+rejection = Rule(p_over_q, of_the_round)
+# The drafter draws from q with the very noise with which the target draws from p, and a draft is kept when both pick the
+# same token: text depends on the noise alone, not on the drafter. Source: Daliri et al., https://arxiv.org/abs/2408.07978.
+gumbel = Rule(targets_own, of_the_token)
+RULES = {"greedy": greedy, "rejection": rejection, "gumbel": gumbel}
+
+
+def window_noise(rule: Rule, key: Array, start: Array, draft: Draft) -> Array:
+    """`[W]` keys of the target's draws in one row's round, which begins at length `start`."""
+    node = jnp.arange(draft.tokens.shape[0] + 1)
+    return jax.vmap(lambda node, depth: rule.noise(key, start, VERIFY, node, depth))(node, depths(draft))
+
+
+def depths(draft: Draft) -> Array:
+    """`[W]` how many drafted tokens lead to each window row of one row's draft."""
+    width = draft.tokens.shape[0] + 1
+    if draft.parents is None:
+        return jnp.arange(width)
+    up = jnp.concatenate([jnp.zeros(1, draft.parents.dtype), draft.parents])
+    climb = lambda carry, _: ((up[carry[0]], carry[1] + (carry[0] > 0)), None)
+    (_, depth), _ = jax.lax.scan(climb, (jnp.arange(width), jnp.zeros(width, int)), length=draft.tokens.shape[0])
+    return depth
+
+
+def walk(noise: Array | None, draft: Draft, law: Array) -> Verdict:
     """Draws along one row's law, descending while the token drawn is a drafted child.
 
     Args:
-        key: consumed; None when every law row is one-hot, which needs no noise.
+        noise: `[W]` keys, consumed; None when every law row is one-hot, which needs no noise.
         draft: one row's draft.
         law: `[W, V]`.
 
     Returns:
         Verdict of that row: the accepted path and the token that left it.
     """
-    width = law.shape[0]
-    if key is None:
-        drawn = jnp.argmax(law, axis=-1)
-    else:
-        keys = jax.vmap(lambda node: jax.random.fold_in(key, node))(jnp.arange(width))
-        drawn = jax.vmap(draw)(keys, jnp.log(law))
+    drawn = jnp.argmax(law, axis=-1) if noise is None else jax.vmap(draw)(noise, jnp.log(law))
     drawn = drawn.astype(jnp.int32)
     if draft.parents is None:
         return _walk_chain(draft, drawn)

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import prompt_of
 
 from jaxspec import metrics, verify
 from jaxspec.adapters import init_bank, merge
 from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
+from jaxspec.recording import NOTHING
 from jaxspec.requests import Request, room_of
-from jaxspec.speculate import speculator
+from jaxspec.speculate import run, speculator
 from jaxspec.target import lm_target
 from jaxspec.transformer import LMConfig, forward, init, unembed
 from jaxspec.types import Sampling, SpecParams
@@ -40,16 +42,13 @@ BUDGET = 24
 PROMPTS = [tuple(np.random.default_rng(i).integers(8, 40, size=n).tolist()) for i, n in enumerate((3, 9, 1, 14))]
 
 
-def engine(drafter, law=verify.greedy, stops=(EOS,), slots=4, target=PARAMS, dtype=jnp.float32, **settings):
-    shape = {"slots": slots, "room": room_of(32, BUDGET), "vocab_size": TARGET.vocab_size}
-    sampled = law is not verify.greedy
-    return Engine(
-        lm_target(TARGET, dtype), drafter, law, target, stop_tokens=stops, sampled=sampled, **shape, **settings
-    )
+def engine(drafter, rule=verify.greedy, stops=(EOS,), target=PARAMS, dtype=jnp.float32, **settings):
+    shape = {"slots": 4, "room": room_of(32, BUDGET), "vocab_size": TARGET.vocab_size} | settings
+    return Engine(lm_target(TARGET, dtype), drafter, rule, target, stop_tokens=stops, **shape)
 
 
-def programs(config: LMConfig, k: int, law=verify.greedy, stops=(EOS,)):
-    return engine(lm_drafter(config, k), law, stops)
+def programs(config: LMConfig, k: int, rule=verify.greedy, stops=(EOS,), recorder=NOTHING):
+    return engine(lm_drafter(config, k), rule, stops, recorder=recorder)
 
 
 def answer(engine, params, prompts=PROMPTS, route=-1, **settings):
@@ -84,12 +83,12 @@ def test_greedy_equals_plain_decoding(k):
         assert completion.ids == plain_greedy(ids)
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("rule, temperature", [("greedy", 0.0), ("rejection", 1.0), ("gumbel", 1.0)])
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_a_drafter_that_is_the_target_loses_nothing(k, sampled):
+def test_a_drafter_that_is_the_target_loses_nothing(k, rule, temperature):
     """Kept with certainty at temperature 0 and, as q is p, at temperature 1 but for rounding between two programs."""
-    program = programs(TARGET, k, verify.rejection if sampled else verify.greedy, stops=())
-    counts = metrics.total(c.counts for c in answer(program, LMDrafterParams(PARAMS), temperature=float(sampled)))
+    program = programs(TARGET, k, getattr(verify, rule), stops=())
+    counts = metrics.total(c.counts for c in answer(program, LMDrafterParams(PARAMS), temperature=temperature))
     assert counts.drafted_by_position.sum() > 0
     assert (counts.accepted_by_position == counts.drafted_by_position).all()
     assert counts.num_drafts == 4 * -(-BUDGET // (k + 1))
@@ -150,6 +149,39 @@ def test_a_stop_beats_the_budget_and_a_budget_is_kept():
         assert (completion.ids, completion.finish_reason) == (text[: min(at + 1, budget)], reason)
 
 
+def test_nothing_behind_a_stop_leaks():
+    """Not to the buffer, the counts or the lengths of the caches; a finished row stays as it is. Whole blocks are kept."""
+    limits = (24, 24, 5, 11)
+    text = [plain_greedy(ids, limit, stop=-1) for ids, limit in zip(PROMPTS, limits, strict=True)]
+    stops = text[0][6], text[1][2], text[3][7]
+    cut = np.array([next((i + 1 for i, token in enumerate(out) if token in stops), len(out)) for out in text])
+    lengths = jnp.array([len(ids) for ids in PROMPTS])
+    padded = np.array([np.pad(ids, (0, 14 - len(ids))) for ids in PROMPTS])
+    prompt = prompt_of(padded, limit=1)._replace(length=lengths, limit=jnp.array(limits))
+    spec = speculator(lm_target(TARGET), lm_drafter(TARGET, 4), verify.greedy, stop_tokens=stops)
+    params = SpecParams(PARAMS, LMDrafterParams(PARAMS))
+
+    @jax.jit
+    def decode():
+        start = spec.init(params, prompt, lm_target(TARGET).init(PARAMS, prompt, 64)[0], None, 64)
+        return run(spec.step, metrics.remember, params, start, metrics.no_history(4, 64))
+
+    state, history = decode()
+    for row, ids, out, size in zip(np.asarray(state.tokens), PROMPTS, text, cut, strict=True):
+        assert row.tolist() == [*ids, *out[:size], *[0] * (64 - len(ids) - size)]
+    np.testing.assert_array_equal(state.stopped, [out[size - 1] in stops for out, size in zip(text, cut)])
+    np.testing.assert_array_equal(state.length, lengths + cut)
+    np.testing.assert_array_equal(state.drafter.length, state.length)
+    np.testing.assert_array_equal(state.target.length, state.length - 1)
+    assert history.rounds.tolist() == [-(-size // 5) for size in cut]
+    later, info = jax.jit(spec.step)(params, state)
+    assert not info.verdict.num_emitted.any() and not info.num_drafted.any() and not info.num_accepted.any()
+    for kept, before in zip(later[:6], state[:6], strict=True):
+        assert (kept == before).all()
+    np.testing.assert_array_equal(later.target.length, state.target.length)
+    np.testing.assert_array_equal(later.drafter.length, state.drafter.length)
+
+
 def test_counts_equal_a_simulation_along_the_output():
     """Accepted over drafted as the reference counts it: from teacher-forced agreement, places past the end left out."""
     k = 3
@@ -178,8 +210,6 @@ def test_a_step_preserves_the_type_of_its_state(sampled):
     sampling = Sampling(jnp.ones(2)) if sampled else None
 
     def start():
-        from toys import prompt_of
-
         prompt = prompt_of([[1, 2, 3], [4, 5, 6]], limit=5)
         slots = room_of(3, 5)
         state, _ = lm_target(TARGET).init(PARAMS, prompt, slots)

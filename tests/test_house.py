@@ -22,14 +22,15 @@ ALLOWED = {
     "target": {"types", "sampling", "transformer"},
     "drafters": {"types", "sampling", "transformer", "adapters", "drafters"},
     "speculate": {"types", "sampling", "verify"},
+    "recording": {"types"},
     "requests": {"types", "sampling", "metrics"},
-    "engine": {"types", "speculate", "metrics", "requests"},
+    "engine": {"types", "speculate", "metrics", "requests", "recording", "verify"},
     "align": set(),
     "router": set(),
     "tasks": {"store"},
     "packing": {"align", "store"},
-    "serving": {"router", "verify", "drafters", "engine", "requests", "store", "target"},
-    "text": {"config", "router", "engine", "requests", "serving", "store"},
+    "serving": {"router", "verify", "drafters", "engine", "recording", "requests", "store", "target"},
+    "text": {"config", "router", "engine", "recording", "requests", "serving", "store"},
     "store": {"config", "router", "adapters", "transformer", "encoder", "store", "align"},
 }
 

@@ -111,7 +111,7 @@ def _measure(experiment: Experiment, stage: Stage, facts: dict, traces: Traces, 
         for i in rows
     ]
     room = room_of(bucket_of(max(len(r.ids) for r in requests)), spec.max_new_tokens)
-    engines = {k: serving.speculative(pool, k, slots=1, room=room, sampled=False) for k in spec.lengths}
+    engines = {k: serving.speculative(pool, k, slots=1, room=room) for k in spec.lengths}
     method = serving.routed(pool, slots=1)
     seconds: dict[int, list[float]] = {k: [] for k in spec.lengths}
     counts: dict[int, list] = {}

@@ -21,7 +21,8 @@ from jaxspec import verify
 from jaxspec.config import Experiment, Trace, UserError, command_line, plain
 from jaxspec.drafters import lm_drafter
 from jaxspec.drafters.lm import LMDrafterParams
-from jaxspec.engine import Engine, Method, Recorder, pool_features, unrouted
+from jaxspec.engine import Engine, Method, pool_features, unrouted
+from jaxspec.recording import Recorder, place
 from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
 from jaxspec.store.models import Pair, encode, read_pair
 from jaxspec.store.prompts import Line, read_prompts
@@ -133,20 +134,16 @@ def _decoding(experiment: Experiment, pair: Pair):
     spec = experiment.trace
     dtype = jnp.dtype(experiment.dtype)
     drafter = lm_drafter(pair.draft.config, spec.num_speculative_tokens, vocab_size=pair.vocab_size, dtype=dtype)
-    law = verify.greedy if spec.temperature == 0 else verify.rejection
-    recorder = recording(
-        spec.max_new_tokens + spec.num_speculative_tokens + 1, spec.top_logits, pair.target.config.width
-    )
+    recorder = recording(spec.max_new_tokens, spec.top_logits, pair.target.config.width)
     engine = Engine(
         lm_target(pair.target.config, dtype),
         drafter,
-        law,
+        verify.greedy if spec.temperature == 0 else verify.rejection,
         pair.target.params,
         stop_tokens=pair.stop_tokens,
         slots=spec.batch,
         room=room_of(bucket_of(spec.max_prompt_tokens, spec.smallest_bucket), spec.max_new_tokens),
         vocab_size=pair.vocab_size,
-        sampled=spec.temperature > 0,
         smallest=spec.smallest_bucket,
         recorder=recorder,
     )
@@ -157,7 +154,7 @@ def _decoding(experiment: Experiment, pair: Pair):
         outputs = [c.ids for c in done]
         record = jax.tree.map(lambda *leaves: np.stack(leaves), *[c.record for c in done])
         arrays = _texts(requests, outputs, spec.max_new_tokens)
-        arrays |= {name: record[name][:, : spec.max_new_tokens] for name in ARRAYS}
+        arrays |= {name: record[name] for name in ARRAYS}
         arrays["drafted"] = np.array([c.counts.drafted_by_position.sum() for c in done])
         arrays["accepted"] = np.array([c.counts.accepted_by_position.sum() for c in done])
         summed = record["features"] / np.maximum([[len(o)] for o in outputs], 1)
@@ -195,7 +192,7 @@ def recording(room: int, top: int, width: int) -> Recorder:
         drafted = jnp.pad(info.draft.tokens, ((0, 0), (0, 1)), constant_values=-1)
         there = jnp.arange(drafted.shape[1]) < info.num_drafted[:, None]
         new = {"top_ids": top_ids, "top_log_p": top_log_p, "tail_log_p": tail, "draft": jnp.where(there, drafted, -1)}
-        out = {name: _place(record[name], value, offset, real) for name, value in new.items()}
+        out = {name: place(record[name], value, offset, real) for name, value in new.items()}
         hidden = jnp.where(real[..., None], along(info.scores.features).astype(jnp.float32), 0.0)
         return out | {"origin": record["origin"], "features": record["features"] + hidden.sum(1)}
 
@@ -208,15 +205,6 @@ def top_and_tail(logits: jax.Array, top: int):
     kept, ids = jax.lax.top_k(log_p, top)
     tail = jnp.log1p(-jnp.minimum(jnp.exp(kept).sum(-1), 1 - 1e-7))
     return ids, kept, tail
-
-
-def _place(buffer, value, offset, real):
-    def put(row, new, at, keep):
-        there = jax.lax.dynamic_slice_in_dim(row, at, new.shape[0])
-        keep = keep.reshape(keep.shape + (1,) * (new.ndim - 1))
-        return jax.lax.dynamic_update_slice_in_dim(row, jnp.where(keep, new, there), at, 0)
-
-    return jax.vmap(put)(buffer, value, offset, real)
 
 
 def _reading(experiment: Experiment, pair: Pair):

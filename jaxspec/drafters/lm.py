@@ -41,7 +41,7 @@ def lm_drafter(
         _, cache = prefill(config, params.weights, prompt.tokens, prompt.length, slots, dtype, adapter)
         return LMDrafterState(cache, prompt.length, adapter)
 
-    def propose(params: LMDrafterParams, state: LMDrafterState, tokens, length, key, sampling):
+    def propose(params: LMDrafterParams, state: LMDrafterState, tokens, length, noise, sampling):
         def read(cache, window, start):
             return extend(config, params.weights, cache, window, start, adapter=state.adapter)
 
@@ -49,8 +49,7 @@ def lm_drafter(
             log_q = log_probs(unembed(config, params.weights, hidden, vocab_size), sampling)
             if sampling is None:
                 return jnp.argmax(log_q, axis=-1).astype(jnp.int32), None
-            own = jax.vmap(lambda k: jax.random.fold_in(k, node))(key)
-            return jax.vmap(draw)(own, log_q).astype(jnp.int32), log_q
+            return jax.vmap(draw)(noise(node), log_q).astype(jnp.int32), log_q
 
         def follow(carry, node):
             cache, token, at = carry

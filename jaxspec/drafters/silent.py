@@ -11,8 +11,8 @@ from jaxspec.types import Draft, Drafter
 def silent_drafter(num_nodes: int) -> Drafter:
     """A drafter of `num_nodes` tokens that never count; it has no parameters and no state."""
 
-    def propose(params, state, tokens, length, key, sampling):
-        del params, tokens, key, sampling
+    def propose(params, state, tokens, length, noise, sampling):
+        del params, tokens, noise, sampling
         batch = length.shape[0]
         return Draft(jnp.zeros((batch, num_nodes), jnp.int32), jnp.zeros(batch, jnp.int32)), state
 

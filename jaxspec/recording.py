@@ -1,0 +1,67 @@
+"""What else is gathered of every round, on the device, indexed by output position."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxspec.types import Prompt, SpecInfo
+
+
+class Recorder(NamedTuple):
+    """What else is gathered of every round.
+
+    init: (prompt) -> record, rows first.
+    fold: (record, info) -> record.
+    """
+
+    init: Callable[[Prompt], Any]
+    fold: Callable[[Any, SpecInfo], Any]
+
+
+NOTHING = Recorder(lambda prompt: (), lambda record, info: record)
+
+
+class LogProbs(NamedTuple):
+    """The target's log probability of every emitted token, in nats.
+
+    origin: `[B]` the prompt's length, where output begins.
+    raw: `[B, room]` at temperature 1, before top-k and top-p.
+    sampled: `[B, room]` under the distribution that the token was drawn from; 0 where that is greedy.
+    """
+
+    origin: Array
+    raw: Array
+    sampled: Array
+
+
+def logprobs(room: int) -> Recorder:
+    """Records `LogProbs` of the first `room` tokens of every row."""
+
+    def init(prompt: Prompt) -> LogProbs:
+        zeros = jnp.zeros((prompt.length.shape[0], room), jnp.float32)
+        return LogProbs(jnp.asarray(prompt.length), zeros, zeros)
+
+    def fold(record: LogProbs, info: SpecInfo) -> LogProbs:
+        verdict, offset = info.verdict, info.start - record.origin
+        row = jnp.arange(verdict.tokens.shape[0])[:, None]
+        emitted = lambda scores: scores[row, verdict.path, verdict.tokens]
+        mass = jax.nn.logsumexp(info.scores.logits, axis=-1)[row, verdict.path]
+        real = jnp.arange(verdict.tokens.shape[1]) < verdict.num_emitted[:, None]
+        return LogProbs(
+            record.origin,
+            place(record.raw, emitted(info.scores.logits) - mass, offset, real),
+            place(record.sampled, emitted(info.scores.log_p), offset, real),
+        )
+
+    return Recorder(init, fold)
+
+
+def place(buffer: Array, value: Array, offset: Array, real: Array) -> Array:
+    """Writes `value [B, W, ...]` where `real [B, W]` into `buffer [B, room, ...]` from `offset [B]` on, up to its room."""
+    room = buffer.shape[1]
+    index = jnp.where(real, offset[:, None] + jnp.arange(value.shape[1]), room)
+    put = lambda row, at, new: row.at[at].set(new, mode="drop")
+    return jax.vmap(put)(buffer, index, value)
