@@ -1,0 +1,168 @@
+"""Tokens per second of a pool by the number of slots: where speculation pays, and what mixed routes cost.
+
+    python -m decode.throughput --pool runs/testbed/pool --prompts ../shared/data/eval --limit 16 --slots 1 4 16 64
+
+All prompts, of all tasks in turn, go through an engine of B slots; the clock runs from the first prompt's ids in host memory
+to the last token there, prefill and routing included. `one route` decodes with one specialist's merged weights, so that
+what a row of its round costs beside that of `routed`, whose rows have adapters of their own, is the price of mixing.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from jaxspec import serving
+from jaxspec.config import command_line
+from jaxspec.drafters.lm import LMDrafterParams
+from jaxspec.engine import Engine, Method, unrouted
+from jaxspec.requests import Request, bucket_of, room_of
+from jaxspec.store.models import encode
+from jaxspec.store.pool import Pool, load_pool
+from jaxspec.store.prompts import read_prompts
+from jaxspec.store.stages import write_json
+
+METHODS = ("autoregressive", "base", "one route", "routed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """What is measured, and how."""
+
+    pool: str
+    """Folder of the pool."""
+    prompts: str
+    """Prompts to decode."""
+    include: tuple[str, ...] = ()
+    """Files of the prompts folder, named without suffix; none means those that the pool was trained on."""
+    limit: int | None = 16
+    """First prompts taken of each task."""
+    slots: tuple[int, ...] = (1, 4, 16, 64)
+    """Numbers of slots to measure."""
+    admit_rows: int = 8
+    """Prompts read together when slots fall free, at most."""
+    smallest_bucket: int = 64
+    """Prompts are padded to at least so many tokens; a large value means fewer programs to compile."""
+    passes: int = 3
+    """Timed passes, of which the median counts; methods take turns within each."""
+    max_new_tokens: int = 96
+    """Longest completion, in tokens."""
+    num_speculative_tokens: int | None = None
+    """Tokens drafted a round; None is what calibration chose."""
+    autoregressive_width: int = 2
+    """Columns of the autoregressive window; on a GPU two are faster than one."""
+    dtype: str = ""
+    """float32 or bfloat16; empty is what the pool was made with."""
+    target: str = ""
+    """Another place of the pool's target."""
+    draft: str = ""
+    """Another place of the pool's base drafter."""
+    json: str = ""
+    """File for the results."""
+
+
+def run(config: Throughput) -> None:
+    """Prints a row a number of slots, and writes the JSON."""
+    pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype)
+    requests = _requests(config, pool)
+    k = config.num_speculative_tokens or pool.facts["num_speculative_tokens"]
+    conditions = {
+        "device": jax.devices()[0].device_kind,
+        "dtype": config.dtype or pool.facts["dtype"],
+        "num_speculative_tokens": k,
+        "prompts": len(requests),
+        "max_new_tokens": config.max_new_tokens,
+        "autoregressive_width": config.autoregressive_width,
+    }
+    print(json.dumps(conditions))
+    print(
+        "| slots | "
+        + " | ".join(f"{name}, tokens/s" for name in METHODS)
+        + " | routed / autoregressive | a row's round, routed / one route |"
+    )
+    print("|---:|" + "---:|" * (len(METHODS) + 2))
+    rows = []
+    for slots in config.slots:
+        rows.append(_measure(config, pool, requests, slots, k))
+        _print(rows[-1])
+    if config.json:
+        write_json(Path(config.json), {**conditions, "rows": rows})
+
+
+def _requests(config: Throughput, pool: Pool) -> list[Request]:
+    """Prompts of all tasks in turn, so that rows of many routes share the slots."""
+    include = config.include or (tuple(pool.facts["include"]) if Path(config.prompts).is_dir() else ())
+    by_task: dict[str, list] = defaultdict(list)
+    for line in read_prompts(config.prompts, include=include, limit=config.limit):
+        by_task[line.task or "all"].append(line)
+    longest = max(len(lines) for lines in by_task.values())
+    mixed = [lines[i] for i in range(longest) for lines in by_task.values() if i < len(lines)]
+    return [
+        Request(ids=encode(pool.pair.tokenizer, line), max_new_tokens=config.max_new_tokens, number=number)
+        for number, line in enumerate(mixed)
+    ]
+
+
+def _measure(config: Throughput, pool: Pool, requests: Sequence[Request], slots: int, k: int) -> dict[str, Any]:
+    buckets = sorted({bucket_of(len(r.ids), config.smallest_bucket) for r in requests})
+    shape = {
+        "slots": slots,
+        "room": room_of(buckets[-1], config.max_new_tokens),
+        "admit_rows": min(config.admit_rows, slots),
+        "smallest": config.smallest_bucket,
+    }
+    plain = serving.autoregressive(pool, config.autoregressive_width, **shape)
+    drafting = serving.speculative(pool, k, **shape)
+    engines = {name: plain if name == "autoregressive" else drafting for name in METHODS}
+    methods = _methods(pool, slots)
+    for name in METHODS:
+        engines[name].warm_up(methods[name], buckets)
+    timed: dict[str, list[dict]] = defaultdict(list)
+    for number in tqdm(range(config.passes), desc=f"{slots} slots", leave=False):
+        for name in METHODS[number % len(METHODS) :] + METHODS[: number % len(METHODS)]:
+            timed[name].append(_once(engines[name], methods[name], requests))
+    middle = lambda name, field: statistics.median(own[field] for own in timed[name])
+    figures = {name: {field: middle(name, field) for field in timed[name][0]} for name in METHODS}
+    return {"slots": slots, **figures}
+
+
+def _methods(pool: Pool, slots: int) -> dict[str, Method]:
+    one = LMDrafterParams(pool.specialist(0))
+    return {
+        "autoregressive": serving.always(pool, "autoregressive"),
+        "base": serving.always(pool, "base"),
+        "one route": Method("one route", unrouted, lambda routes: one),
+        "routed": serving.routed(pool, slots),
+    }
+
+
+def _once(engine: Engine, method: Method, requests: Sequence[Request]) -> dict[str, float]:
+    completions = engine.complete(requests, method)
+    tokens = sum(len(c.ids) for c in completions)
+    rounds = sum(int(c.counts.num_drafts) for c in completions)
+    return {
+        "tokens_per_second": tokens / sum(engine.seconds),
+        "microseconds_a_row_round": 1e6 * engine.seconds.decode / rounds,
+        "mean_acceptance_length": tokens / rounds,
+        "share_of_prefill": (engine.seconds.prefill + engine.seconds.route) / sum(engine.seconds),
+    }
+
+
+def _print(row: dict[str, Any]) -> None:
+    rate = lambda name: row[name]["tokens_per_second"]
+    cost = row["routed"]["microseconds_a_row_round"] / row["one route"]["microseconds_a_row_round"]
+    cells = [f"{rate(name):.0f}" for name in METHODS]
+    print(
+        f"| {row['slots']} | " + " | ".join(cells) + f" | {rate('routed') / rate('autoregressive'):.2f} | {cost:.2f} |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    command_line(Throughput, run)
