@@ -28,7 +28,21 @@ ALLOWED = {
     "tasks": {"store"},
     "packing": {"align", "store"},
     "serving": {"router", "verify", "drafters", "generate", "store", "target"},
-    "store": {"config", "router", "adapters", "transformer", "encoder", "store", "align"},
+    "sharding": {"types", "config", "transformer"},
+    "published": {"transformer"},
+    "plan": {
+        "types",
+        "config",
+        "sharding",
+        "verify",
+        "adapters",
+        "drafters",
+        "generate",
+        "speculate",
+        "target",
+        "transformer",
+    },
+    "store": {"config", "sharding", "router", "adapters", "transformer", "encoder", "store", "align"},
 }
 
 
