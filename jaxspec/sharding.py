@@ -73,7 +73,7 @@ def check(config: LMConfig, mesh: Mesh | AbstractMesh, batch: int | None = None,
         "vocab": config.vocab_size,
     }
     split = {axis: size for axis, size in sizes.items() if RULES[part].get(axis) == "model"}
-    across, along = mesh.shape["model"], mesh.shape["data"]
+    across = mesh.shape["model"]
     for axis, size in split.items():
         if size % across:
             able = math.gcd(*split.values())
@@ -81,10 +81,17 @@ def check(config: LMConfig, mesh: Mesh | AbstractMesh, batch: int | None = None,
                 f"--mesh.model {across} does not divide the {part}'s {size} {axis.replace('_', ' ')}; "
                 f"give one of {', '.join(str(n) for n in range(1, able + 1) if able % n == 0)}"
             )
-    if batch is not None and batch % along:
-        near = sorted({max(along, batch // along * along), -(-batch // along) * along})
+    if batch is not None:
+        check_rows(batch, mesh)
+
+
+def check_rows(number: int, mesh: Mesh | AbstractMesh, name: str = "a batch") -> None:
+    """Raises UserError, naming the nearest numbers that work, for rows that the mesh does not divide."""
+    parts = num_row_parts(mesh)
+    if number % parts:
+        near = sorted({max(parts, number // parts * parts), -(-number // parts) * parts})
         raise UserError(
-            f"a batch of {batch} does not divide over --mesh.data {along}; give {' or '.join(map(str, near))}"
+            f"{name} of {number} does not divide over --mesh.data {parts}; give {' or '.join(map(str, near))}"
         )
 
 
@@ -119,9 +126,10 @@ def state_specs(state: SpecState) -> SpecState:
     return row_specs(state)._replace(target=row_specs(state.target, "target"))
 
 
-def column_specs(tree: Any) -> Any:
-    """Specs of leaves `[D, rows, ...]`: batches of several drafters that are trained side by side."""
-    return jax.tree.map(lambda leaf: spec(None, "rows", part="drafter"), tree)
+def column_specs(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Specs of leaves `[D, rows, ...]`, batches of several drafters; rows that do not divide are whole everywhere."""
+    divides = lambda leaf: leaf.shape[1] % num_row_parts(mesh) == 0
+    return jax.tree.map(lambda leaf: spec(None, "rows" if divides(leaf) else None, part="drafter"), tree)
 
 
 def num_row_parts(mesh: Mesh | AbstractMesh) -> int:

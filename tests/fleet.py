@@ -1,11 +1,12 @@
 """A small pair and what is done with it on any mesh; as a program, one process of several.
 
-    python -m tests.fleet HOST:PORT PROCESSES PROCESS FOLDER
+python -m tests.fleet HOST:PORT PROCESSES PROCESS FOLDER
 """
 
 import dataclasses
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,14 +55,16 @@ def programs(case: Case) -> Decoder:
     return decoder(lm_target(TARGET), lm_drafter(DRAFT, 3), case.law, stop_tokens=(EOS,))
 
 
+@cache
 def weights(banked: bool) -> SpecParams:
     """Random weights whose texts vary, and a bank whose adapters matter."""
     strong = lambda tree: jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, tree)
-    draft = strong(init(DRAFT, jax.random.key(1)))
+    drawn = lambda config, seed: strong(jax.jit(init, static_argnums=0)(config, jax.random.key(seed)))
+    draft = drawn(DRAFT, 1)
     bank = init_bank(draft, jax.random.key(2), tasks=3, rank=4)
     noise = lambda x: 0.2 * jax.random.normal(jax.random.key(3), x.shape)
     params = LMDrafterParams(draft, jax.tree.map(noise, bank) if banked else None)
-    return SpecParams(strong(init(TARGET, jax.random.key(0))), params)
+    return SpecParams(drawn(TARGET, 0), params)
 
 
 def requests(case: Case, numbers=range(ROWS)) -> list[Request]:
