@@ -121,6 +121,18 @@ class Calibrate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """The devices that a job is spread over: data x model of them."""
+
+    data: int = 1
+    """Parts that rows are split in."""
+    model: int = 1
+    """Parts that the target's heads and vocabulary are split in."""
+    memory: float | None = None
+    """Memory of one device in GiB, for the plan; None asks the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """From a target, a base drafter and a prompt log to a pool of routed drafters."""
 
@@ -145,6 +157,7 @@ class Experiment:
     align: Align = field(default_factory=Align)
     router: Router = field(default_factory=Router)
     calibrate: Calibrate = field(default_factory=Calibrate)
+    mesh: Mesh = field(default_factory=Mesh)
 
 
 def plain(config: Any) -> Any:

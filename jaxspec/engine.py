@@ -20,7 +20,7 @@ from jaxspec.metrics import History, counts, no_history, remember
 from jaxspec.recording import NOTHING, Recorder
 from jaxspec.requests import MAX_DRAFT, Completion, Request, as_prompt, as_sampling, as_tokens, bucket_of
 from jaxspec.speculate import run, speculator
-from jaxspec.types import Drafter, Prompt, Rule, Sampling, SpecParams, SpecState, Target
+from jaxspec.types import ONE_DEVICE, Drafter, Placement, Prompt, Rule, Sampling, SpecParams, SpecState, Target
 from jaxspec.verify import greedy
 
 FOREVER = 1 << 30
@@ -51,7 +51,13 @@ class Programs(NamedTuple):
 
 
 def programs(
-    target: Target, drafter: Drafter, rule: Rule, *, stop_tokens: Sequence[int], recorder: Recorder = NOTHING
+    target: Target,
+    drafter: Drafter,
+    rule: Rule,
+    *,
+    stop_tokens: Sequence[int],
+    recorder: Recorder = NOTHING,
+    placement: Placement = ONE_DEVICE,
 ) -> Programs:
     """Composes the programs of a target, a drafter and an acceptance rule."""
     spec = speculator(target, drafter, rule, stop_tokens=stop_tokens)
@@ -64,17 +70,18 @@ def programs(
         return state, pool_features(features, length)
 
     def admit(params: SpecParams, slots: Slots, prompt: Prompt, target_state, sampling, where: Array) -> Slots:
-        return insert(slots, _fresh(spec, recorder, params, prompt, target_state, sampling), where)
+        rows = _fresh(spec, recorder, params, prompt, target_state, sampling)
+        return placement.state(insert(slots, rows, where))
 
     def chunk(params: SpecParams, slots: Slots, floor: Array, rounds: Array) -> Slots:
         fold = lambda stats, info: (remember(stats[0], info), recorder.fold(stats[1], info), stats[2] + 1)
         go_on = lambda state, stats: (jnp.sum(~state.done) > floor) & (stats[2] < rounds)
         start = (slots.history, slots.record, jnp.int32(0))
         state, (history, record, _) = run(spec.step, fold, params, slots.spec, start, go_on)
-        return Slots(state, history, record)
+        return placement.state(Slots(state, history, record))
 
     def halt(slots: Slots, ended: Array) -> Slots:
-        return slots._replace(spec=slots.spec._replace(done=slots.spec.done | ended))
+        return placement.state(slots._replace(spec=slots.spec._replace(done=slots.spec.done | ended)))
 
     jitted = (jax.jit(f, donate_argnums=at) for f, at in ((prefill, ()), (admit, 1), (chunk, 1), (halt, 0)))
     return Programs(drafter.num_nodes, *jitted)
@@ -199,6 +206,7 @@ class Engine:
         slots: B, rows decoded together.
         room: tokens that a slot holds, see `room_of`.
         admit_rows: R, prompts read together; a request's text does not depend on who is read with it.
+        placement: where parameters, which come placed, rows and state live; see `sharding.over`.
         smallest: the smallest prompt bucket; a large one means few programs, where compiling costs more than padding.
     """
 
@@ -216,8 +224,11 @@ class Engine:
         admit_rows: int = 1,
         smallest: int = 32,
         recorder: Recorder = NOTHING,
+        placement: Placement = ONE_DEVICE,
     ):
-        self.programs = programs(target, drafter, rule, stop_tokens=stop_tokens, recorder=recorder)
+        own = {"stop_tokens": stop_tokens, "recorder": recorder, "placement": placement}
+        self.programs = programs(target, drafter, rule, **own)
+        self._place, self._settle = placement.rows, jax.jit(placement.state)
         self.slots, self.room, self.vocab_size, self.smallest = slots, room, vocab_size, smallest
         self.admit_rows, self.sampled = min(admit_rows, slots), rule is not greedy
         self.seconds = Seconds()
@@ -255,7 +266,7 @@ class Engine:
         state = self._states.pop(kind, None)
         while waiting or rows:
             if state is None:
-                state = self._empty(self._params(method, rows))
+                state = self._settle(self._empty(self._params(method, rows)))
             while waiting and len(rows) < self.slots:
                 group = waiting.take(min(self.admit_rows, self.slots - len(rows)))
                 state = self._admit(state, method, rows, group)
@@ -283,7 +294,9 @@ class Engine:
             filler = [Request(ids=(0,), max_new_tokens=0)] * (self.admit_rows - len(requests))
             tokens = as_tokens([*requests, *filler], bucket)
             length = np.array([len(r.ids) for r in [*requests, *filler]], np.int32)
-            target_state, features = self._call("prefill", _grid(tokens), self._target_params, tokens, length)
+            target_state, features = self._call(
+                "prefill", _grid(tokens), self._target_params, *self._place((tokens, length))
+            )
             features = np.asarray(features)
         with self._clock("route"):
             found = method.route(features)
@@ -296,7 +309,7 @@ class Engine:
             where = np.array([*empty, *[self.slots] * (self.admit_rows - len(empty))], np.int32)
             prompt = as_prompt(requests, self.admit_rows, bucket, routes)
             sampling = as_sampling(requests, self.admit_rows, self.vocab_size) if self.sampled else None
-            own = state, prompt, target_state, sampling, where
+            own = state, self._place(prompt), target_state, self._place(sampling), where
             return self._call("admit", _grid(tokens), self._params(method, rows), *own)
 
     def _read(self, state: Slots, rows: dict[int, _Row], streaming: bool, ended) -> tuple[Slots, list[Update]]:

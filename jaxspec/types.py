@@ -196,3 +196,19 @@ class Speculator(NamedTuple):
     num_nodes: int
     init: Callable[..., tuple[SpecState, Array]]
     step: Callable[[SpecParams, SpecState], tuple[SpecState, SpecInfo]]
+
+
+class Placement(NamedTuple):
+    """Where a program's arrays live.
+
+    params: (params: SpecParams) -> the same where it is needed.
+    rows: a tree of host arrays with rows first -> on devices.
+    state: a traced tree with rows first that holds a SpecState as `spec` -> the same, constrained to its layout.
+    """
+
+    params: Callable[[Any], Any]
+    rows: Callable[[Any], Any]
+    state: Callable[[Any], Any]
+
+
+ONE_DEVICE = Placement(*(lambda tree: tree,) * 3)

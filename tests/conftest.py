@@ -51,6 +51,7 @@ class World(NamedTuple):
 
 def pytest_configure(config: pytest.Config) -> None:
     """A program is compiled once a session: commands that are run again, and there are many, take seconds."""
+    jax.config.update("jax_num_cpu_devices", 8)  # for meshes; what is not placed lives on the first, as ever
     folder = tempfile.TemporaryDirectory()
     config.add_cleanup(folder.cleanup)
     jax.config.update("jax_compilation_cache_dir", folder.name)

@@ -29,9 +29,24 @@ ALLOWED = {
     "router": set(),
     "tasks": {"store"},
     "packing": {"align", "store"},
-    "serving": {"router", "verify", "drafters", "engine", "recording", "requests", "store", "target"},
+    "serving": {"router", "verify", "drafters", "engine", "recording", "requests", "store", "target", "types"},
     "text": {"config", "router", "engine", "recording", "requests", "serving", "store"},
-    "store": {"config", "router", "adapters", "transformer", "encoder", "store", "align"},
+    "sharding": {"types", "config", "transformer"},
+    "published": {"transformer"},
+    "plan": {
+        "types",
+        "config",
+        "sharding",
+        "verify",
+        "adapters",
+        "drafters",
+        "engine",
+        "requests",
+        "speculate",
+        "target",
+        "transformer",
+    },
+    "store": {"config", "sharding", "router", "adapters", "transformer", "encoder", "store", "align"},
 }
 
 

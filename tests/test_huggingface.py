@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from jaxspec import sharding
 from jaxspec.config import UserError
-from jaxspec.store.huggingface import FAMILIES, named_tensors, read_model, write_model
+from jaxspec.store import huggingface
+from jaxspec.store.huggingface import FAMILIES, named_tensors, read_config, read_model, write_model
 from jaxspec.transformer import LMConfig, Rope, abstract, empty_cache, extend, forward, rope_frequencies, unembed
 
 torch.set_num_threads(1)  # torch's threads spin, and on a shared machine wait for each other
@@ -127,6 +130,31 @@ def test_a_sharded_checkpoint_is_read_whole(saved, tmp_path):
     torch_model("qwen2").save_pretrained(tmp_path, max_shard_size="12KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert_equal_trees(read_model(str(tmp_path)).params, read_model(str(saved("qwen2")[0])).params)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 2), (2, 1)])
+@pytest.mark.parametrize("name", ["llama2", "qwen2"])
+def test_a_checkpoint_is_read_straight_into_its_sharding(saved, monkeypatch, name, shape):
+    """The same arrays, of which each part is read once and the whole never where it is split."""
+    folder = str(saved(name)[0])
+    config = read_config(folder)
+    mesh = sharding.make_mesh(*shape, jax.devices("cpu"))
+    # V is odd: the tables are split along the width instead.
+    wide = {"embed": {"embedding": P(None, "model")}, "head": {"kernel": P("model", None)}}
+    specs = {name: wide.get(name, own) for name, own in sharding.param_specs(abstract(config)).items()}
+    reads, whole = [], huggingface._ranged
+    monkeypatch.setattr(huggingface, "_ranged", lambda *a: (value := whole(*a), reads.append(value.nbytes))[0])
+    model = read_model(folder, shardings=sharding.shardings(specs, mesh))
+    assert_equal_trees(model.params, read_model(folder).params)
+    leaves = jax.tree.leaves(model.params)
+    parts = [own.nbytes // len({str(s.index) for s in own.addressable_shards}) for own in leaves]
+    number = [own.nbytes // part for own, part in zip(leaves, parts)]
+    expected = [part for part, times in zip(parts, number) for _ in range(times)]
+    assert reads[: len(expected)] == expected
+    assert len(reads) == len(expected) + len(leaves)
+    if shape[1] == 2:
+        split = [leaf.nbytes for leaf, part in zip(leaves, parts) if part < leaf.nbytes]
+        assert sum(split) > 0.9 * sum(leaf.nbytes for leaf in leaves)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

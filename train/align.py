@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
+from jaxspec import sharding
 from jaxspec.adapters import init_bank, scaled
 from jaxspec.align import DIVERGENCES, Aligner, AlignState, Batch, aligner, optimiser, schedule
 from jaxspec.config import Experiment, command_line, plain
@@ -61,8 +63,10 @@ def run(experiment: Experiment) -> None:
     draft = read_model(experiment.draft, jnp.dtype(experiment.dtype))
     vocab_size = read_config(experiment.target).vocab_size
     results: dict[str, dict] = {}
+    mesh = sharding.make_mesh(experiment.mesh.data, experiment.mesh.model)
+    sharding.check_rows(experiment.align.rows, mesh, "--align.rows")
     for course in _courses(experiment, traces, partition, draft, vocab_size, results):
-        results[course.name] = _train(experiment, traces, course, stage.folder)
+        results[course.name] = _train(experiment, traces, course, stage.folder, mesh)
     results.get("trunk", {}).pop("params", None)
     kept = max(("mixed_lora", "mixed_full"), key=lambda name: results[name]["agreement"])
     scale = experiment.align.alpha / experiment.align.rank
@@ -133,13 +137,14 @@ def _log_q(draft: Model, vocab_size: int, weights, adapter, tokens, segments, at
     return jax.nn.log_softmax(unembed(draft.config, weights, hidden, vocab_size), axis=-1)
 
 
-def _train(experiment: Experiment, traces: Traces, course: Course, folder: Path) -> dict:
+def _train(experiment: Experiment, traces: Traces, course: Course, folder: Path, mesh: Mesh) -> dict:
     """Chooses the learning rate, trains, and says what the calibrate split thinks of it; resumes where it was killed."""
     spec = experiment.align
+    course = course._replace(frozen=_whole(course.frozen, mesh), params=_whole(course.params, mesh))
     room = places(traces, [row for rows in [*course.train, *course.held] for row in rows], spec.row_tokens)
     side_by_side = jax.jit(partial(_each, course.aligner.step), donate_argnums=1)
     evaluate = jax.jit(partial(_each_evaluate, course.aligner.evaluate))
-    as_rows = partial(_stack, traces, row_tokens=spec.row_tokens, room=room)
+    as_rows = partial(_stack, traces, row_tokens=spec.row_tokens, room=room, mesh=mesh)
     held = [as_rows(course.held, at, spec.rows) for at in range(0, len(course.held[0]), spec.rows)]
 
     def judge(params) -> tuple[float, float]:
@@ -152,9 +157,10 @@ def _train(experiment: Experiment, traces: Traces, course: Course, folder: Path)
         return side_by_side(course.frozen, state, batch, schedule(step, steps, rate, warmup))
 
     before = judge(course.params)
-    rate = _choose_rate(course, spec.search_steps, advance, judge, folder)
+    fresh = lambda: _whole(_fresh(course), mesh)
+    rate = _choose_rate(course, spec.search_steps, fresh, advance, judge, folder)
     checkpoints = Checkpoints(folder / "checkpoints" / course.name)
-    done, state = checkpoints.latest(_fresh(course))
+    done, state = checkpoints.latest(fresh())
     with open(folder / "metrics.jsonl", "a") as log, tqdm(total=course.steps, initial=done, desc=course.name) as bar:
         for step in range(done, course.steps):
             state, metrics = advance(state, step, course.steps, rate)
@@ -171,7 +177,7 @@ def _train(experiment: Experiment, traces: Traces, course: Course, folder: Path)
     return {**figures, "steps": course.steps, "params": state.params}
 
 
-def _choose_rate(course: Course, steps: int, advance, judge, folder: Path) -> float:
+def _choose_rate(course: Course, steps: int, fresh, advance, judge, folder: Path) -> float:
     """The candidate whose short run of its own schedule leaves the smallest divergence on the calibrate split."""
     file = folder / f"rate-{course.name}.json"
     if file.exists():
@@ -180,7 +186,7 @@ def _choose_rate(course: Course, steps: int, advance, judge, folder: Path) -> fl
         return course.rates[0]
     scores = {}
     for rate in tqdm(course.rates, desc=f"{course.name}: learning rate", leave=False):
-        state = _fresh(course)
+        state = fresh()
         for step in range(min(steps, course.steps)):
             state, _ = advance(state, step, steps, rate, SEARCH_WARMUP)
         scores[rate] = judge(state.params)[0]
@@ -193,6 +199,10 @@ def _fresh(course: Course) -> AlignState:
     return jax.vmap(course.aligner.init)(jax.tree.map(jnp.copy, course.params))
 
 
+def _whole(tree: Any, mesh: Mesh) -> Any:
+    return sharding.place(tree, sharding.param_specs(tree, "drafter"), mesh)
+
+
 def _each(step: Callable, frozen, state: AlignState, batch: Batch, rate):
     """One step of every drafter, one after the other, so that memory does not grow with their number."""
     return jax.lax.map(lambda own: step(frozen, own[0], own[1], rate), (state, batch))
@@ -202,9 +212,12 @@ def _each_evaluate(evaluate: Callable, frozen, params, batch: Batch):
     return jax.lax.map(lambda own: evaluate(frozen, own[0], own[1]), (params, batch))
 
 
-def _stack(traces: Traces, rows: Sequence[list], start: int, number: int, *, row_tokens: int, room: int) -> Batch:
+def _stack(
+    traces: Traces, rows: Sequence[list], start: int, number: int, *, row_tokens: int, room: int, mesh: Mesh
+) -> Batch:
     batches = [as_batch(traces, own[start : start + number], row_tokens, room) for own in rows]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    return sharding.place(stacked, sharding.column_specs(stacked, mesh), mesh)
 
 
 if __name__ == "__main__":

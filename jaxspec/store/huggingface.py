@@ -3,6 +3,8 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +32,12 @@ class Model(NamedTuple):
     stop_tokens: tuple[int, ...]
 
 
-def read_model(path: str, dtype=jnp.float32) -> Model:
+def read_model(path: str, dtype=jnp.float32, shardings: Any = None) -> Model:
     """Loads a decoder-only LM.
+
+    Args:
+        shardings: where each parameter lives, a tree of them as of `abstract`; every process then reads no more than
+            its own devices hold. None: all of it, on the default device.
 
     Raises:
         UserError: the folder, a shard or a tensor is missing or damaged, or the architecture is not supported.
@@ -39,7 +45,8 @@ def read_model(path: str, dtype=jnp.float32) -> Model:
     folder = model_folder(path)
     config = read_config(path)
     shapes = abstract(config, dtype)
-    leaves = read_tensors(folder, named_tensors(config, shapes), dtype)
+    where = [None] * len(jax.tree.leaves(shapes)) if shardings is None else jax.tree.leaves(shardings)
+    leaves = read_tensors(folder, named_tensors(config, shapes), dtype, where)
     params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     return Model(config, params, str(path), digest(path), _stop_tokens(folder))
 
@@ -141,11 +148,13 @@ def write_model(
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
-def read_tensors(folder: Path, wanted: Iterable[tuple[str, jax.ShapeDtypeStruct, bool]], dtype) -> list[jax.Array]:
+def read_tensors(
+    folder: Path, wanted: Iterable[tuple[str, jax.ShapeDtypeStruct, bool]], dtype, shardings: Iterable = repeat(None)
+) -> list[jax.Array]:
     """The tensors that `wanted` names, each with the shape it must have and whether it is stored transposed."""
     where = shards(folder)
     handles, leaves = {}, []
-    for name, leaf, transpose in wanted:
+    for (name, leaf, transpose), sharding in zip(wanted, shardings):
         file = where.get(name)
         if file is None:
             raise UserError(
@@ -153,11 +162,12 @@ def read_tensors(folder: Path, wanted: Iterable[tuple[str, jax.ShapeDtypeStruct,
             )
         if file not in handles:
             handles[file] = _open(file)
-        value = _tensor(handles[file], file, name)
-        value = value.T if transpose else value
-        if value.shape != leaf.shape:
-            raise UserError(f"{file}: tensor {name} has shape {value.shape}, config.json says {leaf.shape}")
-        leaves.append(jnp.asarray(value, dtype))
+        stored = _stored(handles[file], file, name)
+        shape = tuple(stored.get_shape())
+        shape = shape[::-1] if transpose else shape
+        if shape != leaf.shape:
+            raise UserError(f"{file}: tensor {name} has shape {shape}, config.json says {leaf.shape}")
+        leaves.append(_placed(stored, shape, transpose, dtype, sharding))
     return leaves
 
 
@@ -283,16 +293,37 @@ def _family_settings(config: LMConfig, family: str) -> dict:
 
 def _open(file: Path):
     try:
-        return safe_open(str(file), framework="flax")
+        return safe_open(str(file), framework="numpy")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged or not a safetensors file ({_first_line(error)}); copy it again") from error
 
 
-def _tensor(handle, file: Path, name: str):
+def _stored(handle, file: Path, name: str):
+    """A tensor on disk, of which ranges can be read."""
     try:
-        return handle.get_tensor(name)
+        return handle.get_slice(name)
     except SafetensorError as error:
         raise UserError(f"{file}: tensor {name} cannot be read ({_first_line(error)}); copy the file again") from error
+
+
+def _placed(stored, shape: tuple[int, ...], transpose: bool, dtype, sharding) -> jax.Array:
+    """The tensor as an array of `dtype`; with a sharding, by reading each of its parts once."""
+
+    def part(ranges: tuple[slice, ...]) -> np.ndarray:
+        value = _ranged(stored, ranges[::-1] if transpose else ranges)
+        return (value.T if transpose else value).astype(dtype)
+
+    whole = tuple(slice(0, size) for size in shape)
+    if sharding is None:
+        return jnp.asarray(part(whole))
+    known = cache(lambda bounds: part(tuple(slice(*own) for own in bounds)))
+    return jax.make_array_from_callback(
+        shape, sharding, lambda index: known(tuple(own.indices(size)[:2] for own, size in zip(index, shape)))
+    )
+
+
+def _ranged(stored, ranges: tuple[slice, ...]) -> np.ndarray:
+    return stored[ranges]
 
 
 def _stop_tokens(folder: Path) -> tuple[int, ...]:

@@ -4,11 +4,21 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jinja2 import TemplateError
 
+from jaxspec import sharding
 from jaxspec.config import UserError
-from jaxspec.store.huggingface import Model, check_same_tokenizer, fingerprint, read_model, read_tokenizer
+from jaxspec.store.huggingface import (
+    Model,
+    check_same_tokenizer,
+    fingerprint,
+    read_config,
+    read_model,
+    read_tokenizer,
+)
 from jaxspec.store.prompts import Line
+from jaxspec.transformer import abstract
 
 
 class Pair(NamedTuple):
@@ -33,15 +43,27 @@ class Pair(NamedTuple):
         return min(self.target.config.max_positions, self.draft.config.max_positions)
 
 
-def read_pair(target: str, draft: str, dtype: str) -> Pair:
-    """Loads both models; UserError when their tokenizers differ (padded vocabularies may)."""
+def read_pair(target: str, draft: str, dtype: str, mesh: Mesh | None = None) -> Pair:
+    """Loads both models, each onto the mesh by its part's rules; UserError when their tokenizers differ.
+
+    Padded vocabularies may differ.
+    """
     for flag, path in (("--target", target), ("--draft", draft)):
         if not path:
             raise UserError(f"{flag} is missing; give a Hugging Face folder")
     tokenizer, other = read_tokenizer(target), read_tokenizer(draft)
     check_same_tokenizer(tokenizer, other, target, draft)
     kind = jnp.dtype(dtype)
-    return Pair(read_model(target, kind), read_model(draft, kind), tokenizer, fingerprint(tokenizer))
+    models = (_read(path, kind, mesh, part) for path, part in ((target, "target"), (draft, "drafter")))
+    return Pair(*models, tokenizer, fingerprint(tokenizer))
+
+
+def _read(path: str, dtype, mesh: Mesh | None, part: str) -> Model:
+    if mesh is None:
+        return read_model(path, dtype)
+    config = read_config(path)
+    sharding.check(config, mesh, part=part)
+    return read_model(path, dtype, sharding.shardings(sharding.param_specs(abstract(config, dtype), part), mesh))
 
 
 def encode(tokenizer: Any, line: Line) -> tuple[int, ...]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from jaxspec import router
+from jaxspec import router, sharding
 from jaxspec.adapters import Bank, init_bank, merge
 from jaxspec.config import UserError
 from jaxspec.router import RouterParams
@@ -50,12 +51,13 @@ class Pool:
         return merge(self.pair.draft.params, self.bank, task)
 
 
-def load_pool(path: str, *, target: str = "", draft: str = "", dtype: str = "") -> Pool:
+def load_pool(path: str, *, target: str = "", draft: str = "", dtype: str = "", mesh: Mesh | None = None) -> Pool:
     """Loads a pool.
 
     Args:
         target, draft: other places of the same models; their digest must agree.
         dtype: type of weights and activations, if not the one that the pool was made with.
+        mesh: where all of it lives, by `jaxspec.sharding`; None for the default device.
 
     Raises:
         UserError: no pool there, a model that is another one, a damaged file.
@@ -66,13 +68,23 @@ def load_pool(path: str, *, target: str = "", draft: str = "", dtype: str = "") 
     manifest = read_json(folder / MANIFEST)
     if manifest.get("stage") != "pool":
         raise UserError(f"{path!r} holds the stage {manifest.get('stage')!r}, not a pool; give OUT/pool")
-    return known_pool(folder, manifest["results"], manifest["digest"], target=target, draft=draft, dtype=dtype)
+    places = {"target": target, "draft": draft, "dtype": dtype, "mesh": mesh}
+    return known_pool(folder, manifest["results"], manifest["digest"], **places)
 
 
-def known_pool(folder: Path, facts: dict, digest: str, *, target: str = "", draft: str = "", dtype: str = "") -> Pool:
+def known_pool(
+    folder: Path,
+    facts: dict,
+    digest: str,
+    *,
+    target: str = "",
+    draft: str = "",
+    dtype: str = "",
+    mesh: Mesh | None = None,
+) -> Pool:
     """Loads a pool whose facts are known already."""
     paths = {"target": target or facts["target"]["path"], "draft": draft or facts["draft"]["path"]}
-    pair = read_pair(paths["target"], paths["draft"], dtype or facts["dtype"])
+    pair = read_pair(paths["target"], paths["draft"], dtype or facts["dtype"], mesh)
     for name, model in (("target", pair.target), ("draft", pair.draft)):
         if model.digest != facts[name]["digest"]:
             raise UserError(
@@ -85,14 +97,14 @@ def known_pool(folder: Path, facts: dict, digest: str, *, target: str = "", draf
     like = lambda number: jax.eval_shape(
         lambda: init_bank(pair.draft.params, jax.random.key(0), tasks=number, rank=facts["rank"])
     )
-    bank = read_tree(folder / BANK, like(tasks))
+    whole = lambda tree: tree if mesh is None else sharding.place(tree, sharding.param_specs(tree, "drafter"), mesh)
     shape = router.abstract(pair.target.config.width, facts["router_hidden"], tasks)
     return Pool(
         folder,
         pair,
-        bank,
-        _mixed(folder, facts, pair, like),
-        read_tree(folder / ROUTER, shape),
+        whole(read_tree(folder / BANK, like(tasks))),
+        whole(_mixed(folder, facts, pair, like)),
+        whole(read_tree(folder / ROUTER, shape)),
         facts,
         digest,
     )

@@ -1,0 +1,178 @@
+"""Where arrays live: the only file that knows that a mesh has axes named data and model.
+
+Rows are split over `data`. The target is tensor-parallel over `model`; drafters, small as they are, are whole on every
+device. Library functions never say where: arguments are placed, `jit` follows them, and a program that is fed its own
+output names its layout with `shardings`, so that the layout, and with it the program, stays the same.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxspec.config import UserError
+from jaxspec.transformer import Cache, LMConfig
+from jaxspec.types import Placement, SpecParams, SpecState
+
+NAMES = ("data", "model")
+# Logical axis -> mesh axis, for each part. A layout is changed here and nowhere else.
+RULES: dict[str, dict[str, str]] = {
+    "target": {"rows": "data", "vocab": "model", "heads": "model", "kv_heads": "model", "mlp": "model"},
+    "drafter": {"rows": "data"},
+}
+# Logical axes of a kernel `[in, out]`, or a table, by its module; a bias has the last. The embedding and the head are
+# split over the vocabulary, not the width: a lookup then adds only zeros and each logit is summed on one device.
+AXES = {
+    "embed": ("vocab", "width"),
+    "head": ("width", "vocab"),
+    "q": ("width", "heads"),
+    "k": ("width", "kv_heads"),
+    "v": ("width", "kv_heads"),
+    "o": ("heads", "width"),
+    "gate": ("width", "mlp"),
+    "up": ("width", "mlp"),
+    "down": ("mlp", "width"),
+}
+CACHE = ("rows", "slots", "kv_heads", "head_dim")
+
+
+def start(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Joins this process to its job, before any other use of JAX.
+
+    On a TPU pod or under SLURM no argument is needed; elsewhere give the first process's `host:port`, their number and
+    this one's.
+    """
+    jax.distributed.initialize(address, processes, process)
+
+
+def make_mesh(data: int, model: int, devices: list | None = None) -> Mesh:
+    """A mesh of `data` x `model` devices, by default of the first of all that there are."""
+    there = jax.devices() if devices is None else devices
+    if data * model > len(there):
+        raise UserError(
+            f"a mesh of data={data} x model={model} needs {data * model} devices, {len(there)} are there; "
+            f"give --mesh.data and --mesh.model whose product is at most {len(there)}"
+        )
+    # Explicit axes, the default, refuse to index a table with a sharded index.
+    return jax.make_mesh((data, model), NAMES, (AxisType.Auto,) * 2, devices=there[: data * model])
+
+
+def abstract_mesh(data: int, model: int) -> AbstractMesh:
+    """A mesh of devices that need not exist, for planning."""
+    return AbstractMesh((data, model), NAMES, axis_types=(AxisType.Auto,) * 2)
+
+
+def check(config: LMConfig, mesh: Mesh | AbstractMesh, batch: int | None = None, part: str = "target") -> None:
+    """Raises UserError, naming the sizes that work, for a model or a batch that the mesh does not divide."""
+    sizes = {
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "mlp": config.mlp_width,
+        "vocab": config.vocab_size,
+    }
+    split = {axis: size for axis, size in sizes.items() if RULES[part].get(axis) == "model"}
+    across = mesh.shape["model"]
+    for axis, size in split.items():
+        if size % across:
+            able = math.gcd(*split.values())
+            raise UserError(
+                f"--mesh.model {across} does not divide the {part}'s {size} {axis.replace('_', ' ')}; "
+                f"give one of {', '.join(str(n) for n in range(1, able + 1) if able % n == 0)}"
+            )
+    if batch is not None:
+        check_rows(batch, mesh)
+
+
+def check_rows(number: int, mesh: Mesh | AbstractMesh, name: str = "a batch") -> None:
+    """Raises UserError, naming the nearest numbers that work, for rows that the mesh does not divide."""
+    parts = num_row_parts(mesh)
+    if number % parts:
+        near = sorted({max(parts, number // parts * parts), -(-number // parts) * parts})
+        raise UserError(
+            f"{name} of {number} does not divide over --mesh.data {parts}; give {' or '.join(map(str, near))}"
+        )
+
+
+def spec(*axes: str | None, part: str) -> P:
+    """Where an array of these logical axes lives, None for an axis that is never split."""
+    return P(*[RULES[part].get(axis) if axis else None for axis in axes])
+
+
+def param_specs(params: Any, part: str = "target") -> Any:
+    """Specs of a transformer's parameters, or of any tree: what is not named in AXES is whole on every device."""
+
+    def own(path, leaf) -> P:
+        names = [str(getattr(p, "key", p)) for p in path]
+        axes = AXES.get(names[-2], ()) if len(names) > 1 and leaf.ndim else ()
+        return spec(*axes[-leaf.ndim :], part=part) if names[-1] in ("kernel", "bias", "embedding") else P()
+
+    return jax.tree.map_with_path(own, params)
+
+
+def row_specs(tree: Any, part: str = "drafter") -> Any:
+    """Specs of a per-row tree, whose leaves have rows first; caches are split over heads too where `part` is."""
+    is_cache = lambda node: isinstance(node, Cache)
+
+    def own(node) -> Any:
+        return jax.tree.map(lambda leaf: spec(*CACHE, part=part), node) if is_cache(node) else spec("rows", part=part)
+
+    return jax.tree.map(own, tree, is_leaf=is_cache)
+
+
+def state_specs(state: SpecState) -> SpecState:
+    """Specs of a speculator's state: rows over `data`, the target's cache over `model` as well."""
+    return row_specs(state)._replace(target=row_specs(state.target, "target"))
+
+
+def column_specs(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Specs of leaves `[D, rows, ...]`, batches of several drafters; rows that do not divide are whole everywhere."""
+    divides = lambda leaf: leaf.shape[1] % num_row_parts(mesh) == 0
+    return jax.tree.map(lambda leaf: spec(None, "rows" if divides(leaf) else None, part="drafter"), tree)
+
+
+def num_row_parts(mesh: Mesh | AbstractMesh) -> int:
+    """In how many parts rows are split."""
+    return mesh.shape["data"]
+
+
+def shardings(specs: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Specs on a mesh, as `in_shardings` and `out_shardings` of `jit` want them."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda node: isinstance(node, P))
+
+
+def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
+    """The tree's leaves on the mesh; with several processes each holds the whole leaf and places its own part."""
+
+    def put(leaf, sharding: NamedSharding):
+        if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+            return jax.device_put(leaf, sharding)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(put, tree, shardings(specs, mesh))
+
+
+def over(mesh: Mesh) -> Placement:
+    """Rows over `data`, the target over `model`; rows that do not divide are whole on every device."""
+
+    def params(own: SpecParams) -> SpecParams:
+        return place(own, SpecParams(param_specs(own.target), param_specs(own.drafter, "drafter")), mesh)
+
+    def rows(tree: Any) -> Any:
+        divides = lambda leaf: leaf.shape[0] % num_row_parts(mesh) == 0
+        return place(
+            tree, jax.tree.map(lambda leaf: spec("rows" if divides(leaf) else None, part="drafter"), tree), mesh
+        )
+
+    def state(own: Any) -> Any:
+        specs = row_specs(own)._replace(spec=state_specs(own.spec))
+        return jax.lax.with_sharding_constraint(own, shardings(specs, mesh))
+
+    return Placement(params, rows, state)
+
+
+def device_bytes(tree: Any, specs: Any, mesh: Mesh | AbstractMesh) -> int:
+    """Bytes that the tree, or its abstract shapes, takes on each device."""
+    size = lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings(specs, mesh))))

@@ -1,0 +1,53 @@
+"""One output of several processes: each answers its own rows into a part file; the parts in order are the output."""
+
+from pathlib import Path
+
+from jaxspec.config import UserError
+from jaxspec.store.stages import write_whole
+
+
+def own_rows(number: int, process: int, processes: int) -> range:
+    """The rows of `number` that a process answers: one run each, so that parts in order are rows in order."""
+    return range(number * process // processes, number * (process + 1) // processes)
+
+
+def part_file(output: Path, process: int, processes: int) -> Path:
+    """Where a process writes: `out.jsonl` -> `out-00000-of-00002.jsonl`; `out.jsonl` itself when it is alone."""
+    if processes == 1:
+        return output
+    return output.with_name(f"{output.stem}-{process:05}-of-{processes:05}{output.suffix}")
+
+
+def unfinished(output: Path, number: int, processes: int) -> list[int]:
+    """The processes whose part has not a line a row; a last line without its end does not count."""
+    own = lambda process: len(own_rows(number, process, processes))
+    return [p for p in range(processes) if _lines(part_file(output, p, processes)) != own(p)]
+
+
+def merge(output: Path, number: int, processes: int) -> None:
+    """Writes the parts of `number` rows into `output`, in order, whole or not at all; the parts stay.
+
+    Raises:
+        UserError: a part is not finished.
+    """
+    if processes == 1:
+        return
+    missing = unfinished(output, number, processes)
+    if missing:
+        part = part_file(output, missing[0], processes)
+        raise UserError(f"{part} has not all of its lines; start process {missing[0]} of {processes} again")
+
+    def write(whole: Path) -> None:
+        with open(whole, "wb") as out:
+            for process in range(processes):
+                with open(part_file(output, process, processes), "rb") as part:
+                    out.writelines(part)
+
+    write_whole(output, write)
+
+
+def _lines(file: Path) -> int:
+    if not file.exists():
+        return 0
+    with open(file, "rb") as lines:
+        return sum(line.endswith(b"\n") for line in lines)

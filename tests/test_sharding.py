@@ -1,0 +1,119 @@
+"""Placement changes nothing: what a mesh of eight devices says in float32 is what one device says."""
+
+import dataclasses
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxspec import sharding
+from jaxspec.config import Mesh, UserError
+from jaxspec.transformer import abstract, empty_cache
+from tests import fleet
+from train import align
+
+MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
+FAST = {("sampled", (4, 2)), ("base", (8, 1)), ("base", (2, 4)), ("base", (1, 8))}
+PAIRS = [
+    pytest.param(name, shape, marks=() if (name, shape) in FAST else pytest.mark.slow)
+    for name in fleet.CASES
+    for shape in MESHES
+]
+
+
+def mesh_of(data: int, model: int):
+    return sharding.make_mesh(data, model, jax.devices("cpu"))
+
+
+@cache
+def alone(name: str):
+    case = fleet.CASES[name]
+    return fleet.answer(case, fleet.engine(case))
+
+
+@pytest.mark.parametrize(("name", "shape"), PAIRS)
+def test_placement_changes_no_token_and_no_count(name, shape):
+    case, mesh = fleet.CASES[name], mesh_of(*shape)
+    found = fleet.answer(case, fleet.engine(case, mesh), mesh)
+    assert sum(counts.num_accepted_tokens for _, counts in alone(name)) > 0
+    jax.tree.map(np.testing.assert_array_equal, found, alone(name))
+
+
+def test_an_engine_keeps_its_states_layout_and_compiles_once(caplog):
+    case, mesh = fleet.CASES["banked"], mesh_of(4, 2)
+    own = fleet.engine(case, mesh)
+    fleet.answer(case, own, mesh)
+    (state,) = own._states.values()
+    keys = state.spec.target.cache.keys[0]
+    assert keys.addressable_shards[0].data.shape == (2, fleet.ROOM, 4, 4)
+    assert state.spec.drafter.cache.keys[0].addressable_shards[0].data.shape == (2, fleet.ROOM, 2, 4)
+    with jax.log_compiles():
+        fleet.answer(case, own, mesh)
+    assert "Compiling" not in caplog.text
+
+
+@pytest.mark.parametrize("shape", [(4, 2), pytest.param((8, 1), marks=pytest.mark.slow)])
+def test_training_on_a_mesh_has_the_loss_curve_of_one_device(shape):
+    # A loss is a mean of at most 128 places, summed in another order; five steps of Adam keep that order of error.
+    np.testing.assert_allclose(fleet.losses(mesh_of(*shape)), fleet.losses(), rtol=128 * np.finfo(np.float32).eps)
+
+
+@pytest.mark.slow
+def test_the_stage_trains_on_a_mesh_as_it_does_on_one_device(finished, out_with):
+    out = out_with("trace", "partition")
+    align.run(dataclasses.replace(finished, out=str(out), mesh=Mesh(data=2)))
+    read = lambda folder: [json.loads(line) for line in Path(folder, "align", "metrics.jsonl").read_text().splitlines()]
+    found, expected = read(out), read(finished.out)
+    assert [line["course"] for line in found] == [line["course"] for line in expected]
+    for ours, theirs in zip(found, expected):
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], atol=2e-4)  # written to four decimals
+
+
+def test_rows_that_a_mesh_does_not_divide_are_refused_before_training(finished, out_with):
+    with pytest.raises(UserError, match=r"--align\.rows of 2 does not divide over --mesh\.data 4; give 4$"):
+        align.run(dataclasses.replace(finished, out=str(out_with("trace", "partition")), mesh=Mesh(data=4)))
+
+
+def test_every_leaf_of_a_transformer_is_where_its_rule_says():
+    specs = sharding.param_specs(abstract(dataclasses.replace(fleet.TARGET, qkv_bias=True, qk_norm=True)))
+    layer = specs["layers"][0]
+    assert specs["embed"]["embedding"] == P("model", None) and specs["head"]["kernel"] == P(None, "model")
+    assert all(layer["attention"][name]["kernel"] == P(None, "model") for name in "qkv")
+    assert all(layer["attention"][name]["bias"] == P("model") for name in "qkv")
+    assert all(layer["mlp"][name]["kernel"] == P(None, "model") for name in ("gate", "up"))
+    assert layer["attention"]["o"]["kernel"] == layer["mlp"]["down"]["kernel"] == P("model", None)
+    assert layer["attention"]["q_norm"]["scale"] == layer["mlp_norm"]["scale"] == specs["norm"]["scale"] == P()
+    drafter = jax.tree.leaves(sharding.param_specs(abstract(fleet.DRAFT), "drafter"))
+    assert all(axis is None for spec in drafter for axis in spec)
+
+
+def test_a_cache_is_split_by_its_parts_rule():
+    cache = empty_cache(fleet.TARGET, 8, 16)
+    assert sharding.row_specs(cache, "target").keys[0] == P("data", None, "model", None)
+    assert sharding.row_specs(cache).values[0] == P("data", None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mesh", "batch", "said"),
+    [
+        ({}, (1, 3), None, "--mesh.model 3 does not divide the target's 8 heads; give one of 1, 2, 4, 8"),
+        ({"num_kv_heads": 2}, (1, 4), None, "--mesh.model 4 does not divide the target's 2 kv heads; give one of 1, 2"),
+        ({"mlp_width": 60}, (1, 8), None, "does not divide the target's 60 mlp; give one of 1, 2, 4"),
+        ({"vocab_size": 65}, (1, 2), None, "does not divide the target's 65 vocab; give one of 1"),
+        ({}, (4, 1), 6, "a batch of 6 does not divide over --mesh.data 4; give 4 or 8"),
+        ({}, (4, 1), 2, "a batch of 2 does not divide over --mesh.data 4; give 4"),
+    ],
+)
+def test_what_a_mesh_does_not_divide_is_refused_with_what_works(changes, mesh, batch, said):
+    with pytest.raises(UserError, match=re.escape(said) + "$"):
+        sharding.check(dataclasses.replace(fleet.TARGET, **changes), sharding.abstract_mesh(*mesh), batch)
+
+
+def test_a_mesh_that_is_too_large_is_refused():
+    with pytest.raises(UserError, match="data=4 x model=4 needs 16 devices, 8 are there"):
+        mesh_of(4, 4)
