@@ -82,9 +82,10 @@ def run(config: Bench) -> None:
     """Prints the table and writes the JSON."""
     _check(config)
     pool = read_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype)
+    k = config.num_speculative_tokens or pool.facts["num_speculative_tokens"]
+    pool = serving.prepared(pool, config.batch * (k + 1))
     asks = _asks(config, pool)
     batches = list(_batches(asks, config))
-    k = config.num_speculative_tokens or pool.facts["num_speculative_tokens"]
     sampled = config.temperature > 0
     spec = serving.speculative(pool, k, sampled=sampled)
     current: list[int] = []

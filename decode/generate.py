@@ -81,6 +81,7 @@ def run(config: Generate) -> None:
     forced = [_forced(pool, line) for line in lines]
     sampled = any(isinstance(r, Request) and r.temperature > 0 for r in requests)
     k = config.num_speculative_tokens or pool.facts["num_speculative_tokens"]
+    pool = serving.prepared(pool, config.batch * (k + 1))
     programs = serving.speculative(pool, k, sampled=sampled)
     failed = sum(isinstance(r, str) for r in requests)
     with open(config.output, "ab") as out, tqdm(total=len(lines), initial=done, desc="generate", unit="prompt") as bar:

@@ -8,12 +8,14 @@ import jax
 import numpy as np
 
 from jaxspec import router, verify
+from jaxspec.adapters import Bank
 from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.generate import BUCKETS, Decoder, Request, Timed, complete, decoder
 from jaxspec.router import BASE
 from jaxspec.store.pool import Pool
 from jaxspec.target import lm_target
+from jaxspec.transformer import NARROW, is_laid_out, lay_out
 
 
 class Method(NamedTuple):
@@ -25,6 +27,14 @@ class Method(NamedTuple):
     name: str
     route: Callable[[np.ndarray, int], np.ndarray]
     drafter_params: Callable[[np.ndarray], object]
+
+
+def prepared(pool: Pool, rows: int) -> Pool:
+    """The pool laid out for windows of `rows` rows in all, where that pays: few rows on a CPU. Drafters follow it."""
+    if rows > NARROW or jax.default_backend() != "cpu":
+        return pool
+    target = pool.pair.target
+    return pool._replace(pair=pool.pair._replace(target=target._replace(params=lay_out(target.params))))
 
 
 def speculative(pool: Pool, num_speculative_tokens: int, *, sampled: bool) -> Decoder:
@@ -69,7 +79,7 @@ def answer(
 def unrouted(pool: Pool, name: str) -> Method:
     """`autoregressive`, `base` or `mixed`: the same drafter for every prompt."""
     weights = {"autoregressive": None, "base": pool.pair.draft.params, "mixed": pool.mixed}[name]
-    params = () if weights is None else LMDrafterParams(weights)
+    params = () if weights is None else _drafting(pool, weights)
     return Method(name, lambda features, rows: np.full(len(features), BASE), lambda routes: params)
 
 
@@ -107,10 +117,16 @@ def adapted(pool: Pool) -> Callable[[np.ndarray], LMDrafterParams]:
 
     @cache
     def merged(task: int) -> LMDrafterParams:
-        return LMDrafterParams(jax.block_until_ready(pool.specialist(task)))
+        return _drafting(pool, pool.specialist(task))
 
-    banked = LMDrafterParams(pool.pair.draft.params, jax.tree.map(lambda x: x.astype(_dtype(pool)), pool.bank))
+    banked = _drafting(pool, pool.pair.draft.params, jax.tree.map(lambda x: x.astype(_dtype(pool)), pool.bank))
     return lambda routes: merged(int(routes[0])) if len(set(routes.tolist())) == 1 else banked
+
+
+def _drafting(pool: Pool, weights: dict, bank: Bank | None = None) -> LMDrafterParams:
+    # Adapters are merged into plain kernels, so the layout comes last.
+    placed = lay_out(weights) if is_laid_out(pool.pair.target.params) else weights
+    return LMDrafterParams(jax.block_until_ready(placed), bank)
 
 
 def _padded(routes: np.ndarray, batch: int) -> np.ndarray:

@@ -2,9 +2,15 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from decode.bench import Bench, run
+from jaxspec import serving
+from jaxspec.generate import Request
+from jaxspec.store.pool import read_pool
+from jaxspec.transformer import NARROW, is_laid_out
 
 FIELDS = {
     "prompts", "tokens", "seconds", "prefill_seconds", "decode_seconds", "draft_accuracy", "draft_acceptance_rate",
@@ -53,3 +59,22 @@ def test_the_json_has_its_fields(bench):
     assert bench["tasks"]["one"]["autoregressive"]["speedup_vs_autoregressive"] == 1.0
     counts = bench["router"]["confusion"]["counts"]
     assert sum(map(sum, counts)) == 6
+
+
+def test_a_prepared_pool_gives_the_same_texts_by_every_method(pool):
+    """Merged weights, the bank and the control, on plain kernels and on kernels laid out for few rows."""
+    plain = read_pool(pool)
+    placed = serving.prepared(plain, NARROW)
+    assert serving.prepared(plain, NARROW + 1) is plain
+    assert is_laid_out(placed.pair.target.params) == (jax.default_backend() == "cpu")
+    program = serving.speculative(plain, 2, sampled=False)
+    requests = [Request(ids=(1, 3, 20 + i, 300), max_new_tokens=8, number=i) for i in range(2)]
+    for routes in ([-1, -1], [1, 1], [0, 2], None):
+
+        def texts(own, routes=routes):
+            given = serving.unrouted(own, "mixed") if routes is None else None
+            method = given or serving.given(own, "oracle", lambda: np.array(routes))
+            assert is_laid_out(method.drafter_params(np.array([1, 1])).weights) == (own is placed)
+            return [c.ids for c in serving.answer(own, program, method, requests, batch=2, budget=8).completions]
+
+        assert texts(placed) == texts(plain)

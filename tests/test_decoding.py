@@ -17,7 +17,7 @@ from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.generate import Request, complete, decoder, slots_of
 from jaxspec.speculate import speculator
 from jaxspec.target import lm_target
-from jaxspec.transformer import LMConfig, forward, init, unembed
+from jaxspec.transformer import LMConfig, forward, init, lay_out, unembed
 from jaxspec.types import Sampling, SpecParams
 
 TARGET = LMConfig(
@@ -192,10 +192,12 @@ def test_a_step_preserves_the_type_of_its_state(sampled):
         assert a.shape[0] == 2
 
 
-def test_bfloat16_greedy_is_bit_equal_through_its_own_program():
-    low = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
-    target = lm_target(TARGET, jnp.bfloat16)
-    program = decoder(target, lm_drafter(SMALL, 3, dtype=jnp.bfloat16), verify.greedy, stop_tokens=(EOS,))
+@pytest.mark.parametrize("place", [lambda params: params, lay_out], ids=["plain", "laid out"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_greedy_is_bit_equal_through_its_own_program(dtype, place):
+    low = lambda tree: place(jax.tree.map(lambda x: x.astype(dtype), tree))
+    target = lm_target(TARGET, dtype)
+    program = decoder(target, lm_drafter(SMALL, 3, dtype=dtype), verify.greedy, stop_tokens=(EOS,))
     run = lambda limit: (
         complete(
             program,

@@ -27,7 +27,7 @@ ALLOWED = {
     "router": set(),
     "tasks": {"store"},
     "packing": {"align", "store"},
-    "serving": {"router", "verify", "drafters", "generate", "store", "target"},
+    "serving": {"router", "verify", "drafters", "generate", "store", "target", "transformer", "adapters"},
     "store": {"config", "router", "adapters", "transformer", "encoder", "store", "align"},
 }
 

@@ -100,7 +100,7 @@ def _assemble(experiment: Experiment, stage: Stage, traces: Traces, partition: d
 
 def _measure(experiment: Experiment, stage: Stage, facts: dict, traces: Traces, partition: dict) -> dict[int, dict]:
     spec = experiment.calibrate
-    pool = load_pool(stage.folder, facts, digest="not yet calibrated")
+    pool = serving.prepared(load_pool(stage.folder, facts, digest="not yet calibrated"), max(spec.lengths) + 1)
     rows = _sample(experiment, traces, partition)
     requests = [
         Request(
