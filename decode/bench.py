@@ -256,7 +256,7 @@ def _methods(config: Bench, pool: Pool, asks: Sequence[Ask]) -> dict[str, Chosen
         elif name in beforehand:
             made[name] = Chosen(given, beforehand[name])
         else:
-            made[name] = Chosen(serving.always(pool, name))
+            made[name] = Chosen(serving.always(pool, name, config.batch))
     return made
 
 

@@ -133,10 +133,10 @@ def _measure(config: Throughput, pool: Pool, requests: Sequence[Request], slots:
 
 
 def _methods(pool: Pool, slots: int) -> dict[str, Method]:
-    one = LMDrafterParams(pool.specialist(0))
+    one = LMDrafterParams(serving.laid(pool.specialist(0), slots))
     return {
-        "autoregressive": serving.always(pool, "autoregressive"),
-        "base": serving.always(pool, "base"),
+        "autoregressive": serving.always(pool, "autoregressive", slots),
+        "base": serving.always(pool, "base", slots),
         "one route": Method("one route", unrouted, lambda routes: one),
         "routed": serving.routed(pool, slots),
     }

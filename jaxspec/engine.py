@@ -202,7 +202,7 @@ class Engine:
     Args:
         target, drafter, rule, recorder: what is composed, see `programs`; the rule `greedy` decodes every row greedily, any
             other serves rows of all sampling settings.
-        target_params: the target's parameters.
+        target_params, prefill_params: the target's parameters, as the window wants them and as prompts do.
         slots: B, rows decoded together.
         room: tokens that a slot holds, see `room_of`.
         admit_rows: R, prompts read together; a request's text does not depend on who is read with it.
@@ -221,6 +221,7 @@ class Engine:
         slots: int,
         room: int,
         vocab_size: int,
+        prefill_params=None,
         admit_rows: int = 1,
         smallest: int = 32,
         recorder: Recorder = NOTHING,
@@ -234,6 +235,7 @@ class Engine:
         self.seconds = Seconds()
         self.compiled: list[Compiled] = []
         self._target_params = target_params
+        self._prefill_params = target_params if prefill_params is None else prefill_params
         self._empty = lambda params: empty_slots(
             target, drafter, rule, params, slots=slots, room=room, sampled=self.sampled, recorder=recorder
         )
@@ -295,7 +297,7 @@ class Engine:
             tokens = as_tokens([*requests, *filler], bucket)
             length = np.array([len(r.ids) for r in [*requests, *filler]], np.int32)
             target_state, features = self._call(
-                "prefill", _grid(tokens), self._target_params, *self._place((tokens, length))
+                "prefill", _grid(tokens), self._prefill_params, *self._place((tokens, length))
             )
             features = np.asarray(features)
         with self._clock("route"):

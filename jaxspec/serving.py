@@ -1,7 +1,7 @@
 """A pool at work: engines that decode with it, and for each way of choosing a drafter the routes and the weights."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import jax
@@ -13,7 +13,10 @@ from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.store.pool import Pool
 from jaxspec.target import lm_target
+from jaxspec.transformer import NARROW, lay_out
 from jaxspec.types import Drafter
+
+WIDE = 8  # columns of a window that is called wide
 
 
 def speculative(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", **shape: Any) -> Engine:
@@ -33,10 +36,10 @@ def autoregressive(pool: Pool, width: int, rule: str = "greedy", **shape: Any) -
     return _engine(pool, silent_drafter(width - 1), rule, **shape)
 
 
-def always(pool: Pool, name: str) -> Method:
+def always(pool: Pool, name: str, slots: int) -> Method:
     """`autoregressive`, `base` or `mixed`: the same drafter for every prompt."""
     weights = {"autoregressive": None, "base": pool.pair.draft.params, "mixed": pool.mixed}[name]
-    params = () if weights is None else LMDrafterParams(weights)
+    params = () if weights is None else LMDrafterParams(laid(weights, slots))
     return Method(name, unrouted, lambda routes: params)
 
 
@@ -62,19 +65,32 @@ def adapted(pool: Pool, slots: int) -> Callable[[np.ndarray], LMDrafterParams]:
 
     @cache
     def merged(task: int) -> LMDrafterParams:
-        return LMDrafterParams(jax.block_until_ready(pool.specialist(task)))
+        return LMDrafterParams(jax.block_until_ready(laid(pool.specialist(task), slots)))
 
     if slots == 1:
         return lambda routes: merged(int(routes[0]))
-    banked = LMDrafterParams(pool.pair.draft.params, jax.tree.map(lambda x: x.astype(_dtype(pool)), pool.bank))
+    weights = laid(pool.pair.draft.params, slots)  # adapters are merged into plain kernels, so the layout comes last
+    banked = LMDrafterParams(weights, jax.tree.map(lambda x: x.astype(_dtype(pool)), pool.bank))
     return lambda routes: banked
+
+
+def laid(weights: dict, slots: int) -> dict:
+    """Weights as windows of so many slots want them: on a CPU, where the rows are few, in blocks of columns."""
+    few = jax.default_backend() == "cpu" and slots * WIDE <= NARROW
+    return lay_out(weights) if few else weights
+
+
+@lru_cache(maxsize=4)
+def _target_params(pool: Pool, slots: int) -> dict:
+    return laid(pool.pair.target.params, slots)
 
 
 def _engine(pool: Pool, drafter: Drafter, rule: str, **shape: Any) -> Engine:
     pair = pool.pair
     target = lm_target(pair.target.config, _dtype(pool))
-    known = {"stop_tokens": pair.stop_tokens, "vocab_size": pair.vocab_size}
-    return Engine(target, drafter, verify.RULES[rule], pair.target.params, **known, **shape)
+    known = {"stop_tokens": pair.stop_tokens, "vocab_size": pair.vocab_size, "prefill_params": pair.target.params}
+    params = _target_params(pool, shape["slots"])
+    return Engine(target, drafter, verify.RULES[rule], params, **known, **shape)
 
 
 def _dtype(pool: Pool):

@@ -18,6 +18,8 @@ from jax import Array
 from jaxspec.adapters import Adapter, low_rank
 
 PIECE = 512  # longer prompts are read piece by piece, so that attention's workspace does not grow with them
+COLUMNS = 16  # of a block, see `lay_out`: of 16, 32, 64 and 128 the best for windows of 2 to 5 rows
+NARROW = 32  # most rows for which blocks beat one product with the whole kernel
 NEVER = -1e9  # a logit whose probability is exactly zero in float32, yet zero times it is not NaN
 
 
@@ -183,14 +185,31 @@ def extend(
 
 def unembed(config: LMConfig, params: dict, hidden: Array, vocab_size: int | None = None) -> Array:
     """Next-token logits `[..., V]`, float32; V is the model's vocabulary or `vocab_size`, where padding differs."""
-    if config.tied:
-        logits = jnp.einsum("...h,vh->...v", hidden, params["embed"]["embedding"], preferred_element_type=jnp.float32)
+    table = params["embed"]["embedding"] if config.tied else params["head"]["kernel"]
+    if config.tied and table.ndim == 2:
+        logits = jnp.einsum("...h,vh->...v", hidden, table, preferred_element_type=jnp.float32)
     else:
-        logits = jnp.einsum("...h,hv->...v", hidden, params["head"]["kernel"], preferred_element_type=jnp.float32)
+        logits = _product(hidden, table, config.vocab_size, jnp.float32)
     missing = (vocab_size or config.vocab_size) - config.vocab_size
     if missing <= 0:
         return logits[..., :vocab_size]
     return jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, missing)], constant_values=NEVER)
+
+
+def lay_out(params: dict) -> dict:
+    """The same model for windows of few rows on a CPU: kernels `[in, out]` as blocks of columns `[n, in, COLUMNS]`.
+
+    There XLA copies a kernel as a whole before a product with 2 to 8 rows, which then costs two to three products with
+    one row; a block is copied within the first cache. A tied embedding becomes the head that it is, `[n, H, COLUMNS]`.
+    """
+    embedding = params["embed"]["embedding"]
+    placed = jax.tree.map_with_path(lambda path, leaf: _blocks(leaf) if path[-1].key == "kernel" else leaf, params)
+    return placed if "head" in params else placed | {"embed": {"embedding": _blocks(embedding.T)}}
+
+
+def is_laid_out(params: dict) -> bool:
+    """Whether `lay_out` made these parameters; their shapes say so."""
+    return params["layers"][0]["mlp"]["up"]["kernel"].ndim == 3
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> Array:
@@ -204,6 +223,29 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Array:
     smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     smooth = jnp.clip(smooth, 0.0, 1.0)
     return (1 - smooth) * inverse / rope.factor + smooth * inverse
+
+
+def _blocks(kernel: Array) -> Array:
+    padded = jnp.pad(kernel, ((0, 0), (0, -kernel.shape[1] % COLUMNS)))
+    return jnp.moveaxis(padded.reshape(kernel.shape[0], -1, COLUMNS), 1, 0)
+
+
+def _product(x: Array, kernel: Array, width_out: int, dtype=None) -> Array:
+    """x `[..., in]` by a kernel `[in, out]` or by its blocks of columns `[n, in, COLUMNS]`."""
+    if kernel.ndim == 2:
+        return jnp.matmul(x, kernel, preferred_element_type=dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > NARROW:
+        whole = jnp.moveaxis(kernel, 0, 1).reshape(kernel.shape[1], -1)
+        return jnp.matmul(x, whole[:, :width_out], preferred_element_type=dtype)
+    # Rows are repeated for each block: a product without batch axes would make XLA transpose the kernel.
+    repeated = jnp.broadcast_to(rows, (len(kernel), *rows.shape))
+    y = jnp.matmul(repeated, kernel, preferred_element_type=dtype)
+    return jnp.moveaxis(y, 0, 1).reshape(*x.shape[:-1], -1)[..., :width_out]
+
+
+def _look_up(table: Array, tokens: Array) -> Array:
+    return table[tokens] if table.ndim == 2 else table[tokens // table.shape[-1], :, tokens % table.shape[-1]]
 
 
 def _segment_start(segments: Array, index: Array) -> Array:
@@ -249,9 +291,10 @@ class _Dense(nnx.Module):
     def __init__(self, width_in: int, width_out: int, use_bias: bool):
         self.kernel = nnx.Param(jnp.zeros((width_in, width_out)))
         self.bias = nnx.Param(jnp.zeros(width_out)) if use_bias else None
+        self.width_out = width_out
 
     def __call__(self, x: Array, update=None) -> Array:
-        y = x @ self.kernel[...]
+        y = _product(x, self.kernel[...], self.width_out)
         if self.bias is not None:
             y = y + self.bias[...]
         return y if update is None else y + low_rank(x, update)
@@ -324,7 +367,7 @@ class _Decoder(nnx.Module):
         self.head = None if config.tied else _Dense(config.width, config.vocab_size, False)
 
     def __call__(self, tokens, positions, key_positions, mask, cache, start, adapter):
-        x = self.embed.embedding[...][tokens]
+        x = _look_up(self.embed.embedding[...], tokens)
         keys, values = [], []
         for i, block in enumerate(self.layers):
             own = None if cache is None else (cache.keys[i], cache.values[i])

@@ -1,10 +1,16 @@
 """The bench's figures: equality holds for every prompt whatever its bucket, and the JSON has the fields that it promises."""
 
+import dataclasses
 import json
 
+import jax
 import pytest
 
 from decode.bench import Bench, run
+from jaxspec import serving
+from jaxspec.requests import Request
+from jaxspec.store.pool import load_pool
+from jaxspec.transformer import NARROW, is_laid_out
 
 FIELDS = {
     "prompts", "tokens", "seconds", "prefill_seconds", "decode_seconds", "draft_accuracy", "draft_acceptance_rate",
@@ -53,3 +59,22 @@ def test_the_json_has_its_fields(bench):
     assert bench["tasks"]["one"]["autoregressive"]["speedup_vs_autoregressive"] == 1.0
     counts = bench["router"]["confusion"]["counts"]
     assert sum(map(sum, counts)) == 6
+
+
+def test_a_pool_laid_out_for_a_cpu_gives_the_same_texts_by_every_method(pool, monkeypatch):
+    """Merged weights, the bank and the control, on plain kernels and on kernels laid out for few rows."""
+    own = load_pool(pool)
+    requests = [Request(ids=(1, 3, 20 + i, 300), max_new_tokens=8, number=i) for i in range(3)]
+
+    def texts(wide):
+        monkeypatch.setattr(serving, "WIDE", wide)
+        serving._target_params.cache_clear()
+        for slots in (1, 2):
+            engine = serving.speculative(own, 2, slots=slots, room=64)
+            assert is_laid_out(engine._target_params) == (wide * slots <= NARROW and jax.default_backend() == "cpu")
+            for routes in ([-1] * 3, [1] * 3, [0, 2, -1]):
+                asked = [dataclasses.replace(r, route=t) for r, t in zip(requests, routes, strict=True)]
+                yield [c.ids for c in engine.complete(asked, serving.given(own, slots))]
+            yield [c.ids for c in engine.complete(requests, serving.always(own, "mixed", slots))]
+
+    assert list(texts(8)) == list(texts(NARROW + 1))

@@ -20,7 +20,7 @@ from jaxspec.recording import NOTHING
 from jaxspec.requests import Request, room_of
 from jaxspec.speculate import run, speculator
 from jaxspec.target import lm_target
-from jaxspec.transformer import LMConfig, forward, init, unembed
+from jaxspec.transformer import LMConfig, forward, init, lay_out, unembed
 from jaxspec.types import Sampling, SpecParams
 
 TARGET = LMConfig(
@@ -223,9 +223,10 @@ def test_a_step_preserves_the_type_of_its_state(sampled):
         assert a.shape[0] == 2
 
 
-def test_bfloat16_greedy_is_bit_equal_through_its_own_program():
-    low = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
-    drafter = lm_drafter(SMALL, 3, dtype=jnp.bfloat16)
-    own = engine(drafter, target=low(PARAMS), dtype=jnp.bfloat16)
+@pytest.mark.parametrize("place", [lambda params: params, lay_out], ids=["plain", "laid out"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_greedy_is_bit_equal_through_its_own_program(dtype, place):
+    low = lambda tree: place(jax.tree.map(lambda x: x.astype(dtype), tree))
+    own = engine(lm_drafter(SMALL, 3, dtype=dtype), target=low(PARAMS), dtype=dtype)
     run = lambda limit: answer(own, LMDrafterParams(low(DRAFT)), draft_limit=limit)
     assert [c.ids for c in run(16)] == [c.ids for c in run(0)]

@@ -18,7 +18,19 @@ from jaxspec import sharding
 from jaxspec.config import UserError
 from jaxspec.store import huggingface
 from jaxspec.store.huggingface import FAMILIES, named_tensors, read_config, read_model, write_model
-from jaxspec.transformer import LMConfig, Rope, abstract, empty_cache, extend, forward, rope_frequencies, unembed
+from jaxspec.transformer import (
+    NARROW,
+    LMConfig,
+    Rope,
+    abstract,
+    empty_cache,
+    extend,
+    forward,
+    is_laid_out,
+    lay_out,
+    rope_frequencies,
+    unembed,
+)
 
 torch.set_num_threads(1)  # torch's threads spin, and on a shared machine wait for each other
 
@@ -117,6 +129,37 @@ def test_windows_behind_a_cache_equal_transformers(saved, name):
         at = start[:, None] + np.arange(WINDOW)
         logits, cache = behind(config, params, cache, np.take_along_axis(TOKENS, at, 1), start)
         assert_same_logits(logits, np.take_along_axis(expected, at[..., None], 1))
+
+
+@jax.jit(static_argnums=0)
+def windows(config, params, tokens):
+    """Logits of windows of 1, 3 and 8 tokens, one behind the other."""
+    cache, logits = empty_cache(config, 2, T), []
+    for at, width in ((0, 1), (1, 3), (4, 8)):
+        hidden, cache = extend(config, params, cache, tokens[:, at : at + width], jnp.full(2, at))
+        logits.append(unembed(config, params, hidden))
+    return jnp.concatenate(logits, axis=1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_laid_out_are_the_same_model(saved, name):
+    """V is no multiple of a block; the whole texts are more rows than blocks are used for."""
+    config, params, *_ = read_model(str(saved(name)[0]))
+    placed = lay_out(params)
+    assert is_laid_out(placed) and not is_laid_out(params) and TOKENS.size > NARROW
+    assert_same_logits(whole(config, placed, TOKENS), whole(config, params, TOKENS))
+    assert_same_logits(windows(config, placed, TOKENS), windows(config, params, TOKENS))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_blocks_give_the_product_at_every_number_of_rows(saved, tied):
+    config, params, *_ = read_model(str(saved("qwen2" if tied else "llama2")[0]))
+    assert config.tied == tied
+    placed = lay_out(params)
+    hidden = np.random.default_rng(1).normal(size=(NARROW + 2, H)).astype(np.float32)
+    for rows in (*range(1, 9), NARROW, NARROW + 1):
+        expected = unembed(config, params, hidden[:rows])
+        assert_same_logits(unembed(config, placed, hidden[:rows]), expected)
 
 
 def test_llama3_scaling_reaches_all_three_bands():
