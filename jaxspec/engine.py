@@ -230,6 +230,10 @@ class Engine:
         smallest: int = 32,
         recorder: Recorder = NOTHING,
     ):
+        if drafter.num_nodes > MAX_DRAFT:
+            raise ValueError(
+                f"the drafter drafts {drafter.num_nodes} tokens a round, the slots have room for {MAX_DRAFT}"
+            )
         self.programs = programs(target, drafter, rule, stop_tokens=stop_tokens, recorder=recorder)
         self.slots, self.room, self.vocab_size, self.smallest = slots, room, vocab_size, smallest
         self.admit_rows, self.sampled = min(admit_rows, slots), sampled
@@ -320,6 +324,8 @@ class Engine:
         tokens, stopped = jax.device_get((state.spec.tokens, state.spec.stopped))
         updates, finished, halted = [], {}, np.zeros(self.slots, bool)
         for slot, row in list(rows.items()):
+            if not (streaming or done[slot]):
+                continue
             begin = len(row.request.ids) + row.seen
             new = tokens[slot, begin : length[slot]].tolist()
             keep = ended(row.index, new) if ended else None
@@ -329,12 +335,11 @@ class Engine:
                 reason = "stop" if keep is not None or stopped[slot] else "length"
                 finished[slot] = begin + len(new), reason
             else:
-                rows[slot] = replace(row, seen=row.seen + len(new)) if streaming else row
+                rows[slot] = replace(row, seen=row.seen + len(new))
             updates.append((slot, Update(row.index, new, None)))
         completions = self._completions(state, rows, finished, tokens)
         state = self._call("halt", "", state, halted) if halted.any() else state
-        said = [update._replace(completion=completions.get(slot)) for slot, update in updates]
-        return state, [update for update in said if streaming or update.completion]
+        return state, [update._replace(completion=completions.get(slot)) for slot, update in updates]
 
     def _completions(self, state: Slots, rows: dict[int, _Row], finished: dict, tokens) -> dict[int, Completion]:
         """Completions of slots `{slot: (end, reason)}`, which fall free."""
@@ -362,7 +367,7 @@ class Engine:
         """Compiles all that prompts of these buckets need; after it nothing compiles."""
         for bucket in buckets:
             self.complete([Request(ids=(0,) * bucket, max_new_tokens=1)], method)
-        (kind,) = {jax.tree.structure(method.drafter_params(np.full(self.slots, -1)))}
+        kind = jax.tree.structure(method.drafter_params(np.full(self.slots, -1)))
         self._states[kind] = self._call("halt", "", self._states[kind], np.zeros(self.slots, bool))
 
     def _call(self, name: str, shape: str, *arguments):
