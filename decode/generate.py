@@ -256,9 +256,12 @@ def _ask(config: Generate, pool: Pool, number: int, line: Line | Fault) -> Ask |
         raise UserError(f"{line.source}: stop {line.settings['stop']!r} will not do; give a text or a list of texts")
     try:
         own["route"] = drafter_named(pool, line.settings.get("drafter"))
+    except UserError as error:
+        raise UserError(f"{line.source}: {error}") from error
+    try:
         ids = encode(pool.pair.tokenizer, line)
     except UserError as error:
-        raise UserError(f"{line.source}: {error}".replace(f"{line.source}: {line.source}", line.source)) from error
+        return str(error).removeprefix(f"{line.source}: ")
     room = pool.pair.longest - own["max_new_tokens"]
     if len(ids) > room:
         return f"prompt of {len(ids)} tokens is longer than {room}, the models' positions less max_new_tokens"

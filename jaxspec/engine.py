@@ -227,6 +227,10 @@ class Engine:
         recorder: Recorder = NOTHING,
         placement: Placement = ONE_DEVICE,
     ):
+        if drafter.num_nodes > MAX_DRAFT:
+            raise ValueError(
+                f"the drafter drafts {drafter.num_nodes} tokens a round, the slots have room for {MAX_DRAFT}"
+            )
         own = {"stop_tokens": stop_tokens, "recorder": recorder, "placement": placement}
         self.programs = programs(target, drafter, rule, **own)
         self._place, self._settle = placement.rows, jax.jit(placement.state)
@@ -322,6 +326,8 @@ class Engine:
         tokens, stopped = jax.device_get((state.spec.tokens, state.spec.stopped))
         updates, finished, halted = [], {}, np.zeros(self.slots, bool)
         for slot, row in list(rows.items()):
+            if not (streaming or done[slot]):
+                continue
             begin = len(row.request.ids) + row.seen
             new = tokens[slot, begin : length[slot]].tolist()
             keep = ended(row.index, new) if ended else None
@@ -331,12 +337,11 @@ class Engine:
                 reason = "stop" if keep is not None or stopped[slot] else "length"
                 finished[slot] = begin + len(new), reason
             else:
-                rows[slot] = replace(row, seen=row.seen + len(new)) if streaming else row
+                rows[slot] = replace(row, seen=row.seen + len(new))
             updates.append((slot, Update(row.index, new, None)))
         completions = self._completions(state, rows, finished, tokens)
         state = self._call("halt", "", state, halted) if halted.any() else state
-        said = [update._replace(completion=completions.get(slot)) for slot, update in updates]
-        return state, [update for update in said if streaming or update.completion]
+        return state, [update._replace(completion=completions.get(slot)) for slot, update in updates]
 
     def _completions(self, state: Slots, rows: dict[int, _Row], finished: dict, tokens) -> dict[int, Completion]:
         """Completions of slots `{slot: (end, reason)}`, which fall free."""
@@ -364,7 +369,7 @@ class Engine:
         """Compiles all that prompts of these buckets need; after it nothing compiles."""
         for bucket in buckets:
             self.complete([Request(ids=(0,) * bucket, max_new_tokens=1)], method)
-        (kind,) = {jax.tree.structure(method.drafter_params(np.full(self.slots, -1)))}
+        kind = jax.tree.structure(method.drafter_params(np.full(self.slots, -1)))
         self._states[kind] = self._call("halt", "", self._states[kind], np.zeros(self.slots, bool))
 
     def _call(self, name: str, shape: str, *arguments):

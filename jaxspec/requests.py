@@ -95,7 +95,7 @@ def as_sampling(requests: Sequence[Request], rows: int, vocab_size: int) -> Samp
     pad = lambda values, fill, dtype: np.array([*values, *[fill] * (rows - len(requests))], dtype)
     return Sampling(
         pad([r.temperature for r in requests], 0.0, np.float32),
-        pad([r.top_k or vocab_size for r in requests], vocab_size, np.int32),
+        pad([min(r.top_k or vocab_size, vocab_size) for r in requests], vocab_size, np.int32),
         pad([1.0 if r.top_p is None else r.top_p for r in requests], 1.0, np.float32),
     )
 

@@ -1,6 +1,6 @@
 """Prompts as text in, completions as text out: `generate` and `stream` over a pool.
 
-pool = known_pool("runs/demo/pool")
+pool = load_pool("runs/demo/pool")
 for completion in generate(pool, ["What is 2 + 2?"], max_new_tokens=32):
     print(completion.text, completion.drafter, completion.num_accepted_tokens)
 """
@@ -15,8 +15,8 @@ import numpy as np
 from jaxspec import recording, serving
 from jaxspec.config import UserError
 from jaxspec.engine import FOREVER, Engine, Method
+from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
 from jaxspec.requests import Completion as Row
-from jaxspec.requests import Request, bucket_of, room_of
 from jaxspec.router import BASE
 from jaxspec.store.models import encode
 from jaxspec.store.pool import Pool
@@ -93,7 +93,8 @@ def generate(pool: Pool, prompts: Iterable[Prompt], **settings: Any) -> Iterator
 
 def stream(pool: Pool, prompts: Iterable[Prompt], **settings: Any) -> Iterator[Piece]:
     """Answers prompts piece by piece as their tokens are verified; settings as in `generate`."""
-    return _pieces(pool, prompts, rounds=STREAM_ROUNDS, **settings)
+    pieces = _pieces(pool, prompts, rounds=STREAM_ROUNDS, **settings)
+    return (piece for piece in pieces if piece.text or piece.completion)
 
 
 def serve(pool: Pool, engine: Engine, method: Method, asks: Sequence[Ask], *, rounds: int) -> Iterator[Piece]:
@@ -172,14 +173,14 @@ class Reader:
         say = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True)
         before, now = say(self.ids[self._begin : self._end]), say(self.ids[self._begin :])
         self.text = self._settled + now[len(before) :]
-        if not now.endswith(LOST):
+        if len(now) > len(before) and not now.endswith(LOST):
             self._settled, self._begin, self._end = self.text, self._end, len(self.ids)
 
     def _doubtful(self) -> int:
         """Length of the text's end that may still change: lost bytes, or the beginning of a stop string."""
-        lost = len(self.text) - len(self.text.rstrip(LOST))
-        grows = lambda stop: next((n for n in range(len(stop) - 1, 0, -1) if self.text.endswith(stop[:n])), 0)
-        return max([lost, *map(grows, self.stops)])
+        whole = self.text.rstrip(LOST)  # lost bytes may yet become the character that a stop string goes on with
+        grows = lambda stop: next((n for n in range(len(stop) - 1, 0, -1) if whole.endswith(stop[:n])), 0)
+        return len(self.text) - len(whole) + max(map(grows, self.stops), default=0)
 
 
 def _pieces(
@@ -205,6 +206,8 @@ def _pieces(
     ]
     requests = [ask.request for ask in asks]
     k = num_speculative_tokens or pool.facts["num_speculative_tokens"]
+    if k > MAX_DRAFT:
+        raise UserError(f"num_speculative_tokens {k} is too large; give at most {MAX_DRAFT}")
     engine = engine_of(pool, k, rule_for(requests, acceptance), batch, room_for(requests), logprobs)
     return serve(pool, engine, serving.routed(pool, batch), asks, rounds=rounds)
 

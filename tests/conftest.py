@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxspec.config import Align, Calibrate, Experiment, Partition, Router, Trace
 from jaxspec.store.huggingface import write_model
+from jaxspec.store.pool import Pool, load_pool
 from jaxspec.transformer import LMConfig, init
 from train import __main__ as pipeline
 
@@ -54,9 +56,11 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_num_cpu_devices", 8)  # for meshes; what is not placed lives on the first, as ever
     folder = tempfile.TemporaryDirectory()
     config.add_cleanup(folder.cleanup)
-    jax.config.update("jax_compilation_cache_dir", folder.name)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    settings = {"compilation_cache_dir": folder.name}
+    settings |= {"persistent_cache_min_compile_time_secs": 0.0, "persistent_cache_min_entry_size_bytes": -1}
+    for name, value in settings.items():
+        jax.config.update(f"jax_{name}", value)
+        os.environ[f"JAX_{name.upper()}"] = str(value)  # processes that a test starts share it
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +112,12 @@ def finished(experiment, tmp_path_factory) -> Experiment:
 def pool(finished) -> str:
     """Folder of the finished pool."""
     return str(Path(finished.out, "pool"))
+
+
+@pytest.fixture(scope="session")
+def loaded(pool) -> Pool:
+    """The finished pool in memory."""
+    return load_pool(pool)
 
 
 @pytest.fixture

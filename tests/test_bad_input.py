@@ -413,11 +413,6 @@ def job(pool: str, file: Path, output: Path, *argv) -> list:
     return ["--pool", pool, "--input", file, "--output", output, "--batch", "2", "--max-new-tokens", "12", *argv]
 
 
-@pytest.fixture(scope="module")
-def loaded(pool):
-    return load_pool(pool)
-
-
 @pytest.fixture
 def in_memory(loaded, monkeypatch):
     """Jobs take the pool that was read already."""
@@ -438,7 +433,6 @@ def in_memory(loaded, monkeypatch):
         ({"top_p": 1.5}, ["top_p 1.5", "up to 1"]),
         ({"seed": 2**31}, [f"seed {2**31}", "from 0 to"]),
         ({"stop": 5}, ["stop 5", "a text or a list"]),
-        ({"prompt": ""}, ["the prompt is empty", "write a text"]),
     ],
 )
 def test_a_line_that_asks_for_what_is_not_there(refused, pool, in_memory, tmp_path, settings, parts):
@@ -446,29 +440,6 @@ def test_a_line_that_asks_for_what_is_not_there(refused, pool, in_memory, tmp_pa
     sentence = refused("generate", *job(pool, file, tmp_path / "out.jsonl"))
     assert_says(sentence, f"{file}, line 2", *parts)
     assert not (tmp_path / "out.jsonl").exists()
-
-
-def test_a_prompt_that_is_too_long_leaves_the_others_answered(refused, pool, in_memory, tmp_path):
-    lines = [{"id": i, "prompt": text} for i, text in enumerate(["stir the soup", "bake " * 149, "hoist our anchor"])]
-    sentence = refused("generate", *job(pool, prompts_file(tmp_path, *lines), tmp_path / "out.jsonl"))
-    assert_says(sentence, "1 prompts", "line 2", "longer than 148")
-    call("generate", *job(pool, prompts_file(tmp_path, lines[0], lines[2]), tmp_path / "short.jsonl"))
-    first, error, last = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
-    assert [first, last] == [json.loads(line) for line in (tmp_path / "short.jsonl").read_text().splitlines()]
-    assert error.keys() == {"id", "error"} and error["id"] == "1"
-    assert_says(error["error"], "longer than 148")
-
-
-def test_a_job_on_a_full_disk_goes_on_later(refused, pool, in_memory, world, tmp_path):
-    output, undisturbed = tmp_path / "out.jsonl", tmp_path / "undisturbed.jsonl"
-    call("generate", *job(pool, world.prompts, undisturbed))
-    room = int(0.6 * undisturbed.stat().st_size)
-    with small_files(room):
-        sentence = refused("generate", *job(pool, world.prompts, output))
-    assert_says(sentence, "File too large", "run the same command again")
-    assert undisturbed.read_bytes().startswith(output.read_bytes()) and output.stat().st_size > room / 2
-    call("generate", *job(pool, world.prompts, output))
-    assert output.read_bytes() == undisturbed.read_bytes()
 
 
 def test_an_output_of_another_input(refused, pool, in_memory, tmp_path):

@@ -1,19 +1,15 @@
 """A killed command, given again, ends where an undisturbed one ends, and does not do again what was done."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from decode import generate
 from jaxspec.config import Experiment, command_line
-from jaxspec.store.pool import load_pool
 from train import __main__ as pipeline
 from train import align, trace
 
 NEVER = -1
-WINDOW = 16
 
 
 def call(module, config_type, *argv):
@@ -95,53 +91,3 @@ def test_a_finished_pipeline_is_left_alone(preset, out_with, capsys):
     call(pipeline, Experiment, "--config", preset, "--out", out)
     assert state_of(out) == before
     assert capsys.readouterr().out.count("complete in") == 5
-
-
-@pytest.fixture(scope="module")
-def job(pool, world, tmp_path_factory):
-    """A generate command without its output, and what it writes when nothing disturbs it."""
-    command = ["--pool", pool, "--input", str(world.prompts), "--batch", WINDOW // 8, "--max-new-tokens", "12"]
-    command += ["--temperature", "0.7"]
-    output = tmp_path_factory.mktemp("job") / "out.jsonl"
-    call(generate, generate.Generate, *command, "--output", output)
-    return command, output.read_bytes()
-
-
-@pytest.fixture(autouse=True)
-def read_once(request, monkeypatch):
-    """The pool is read from disk once."""
-    if "job" in request.fixturenames:
-        own = load_pool(request.getfixturevalue("pool"))
-        monkeypatch.setattr(generate, "load_pool", lambda *paths, **places: own)
-
-
-@pytest.mark.parametrize("torn", [b"", b'{"id": "kitchen-16", "te'])
-def test_a_killed_job_goes_on_behind_its_windows(job, torn, tmp_path, monkeypatch, capsys):
-    command, expected = job
-    output = tmp_path / "out.jsonl"
-    with monkeypatch.context() as patch:
-        interrupt_call(patch, generate, "_window", 1)
-        killed(capsys, generate, generate.Generate, *command, "--output", output)
-    done = output.read_bytes()
-    assert done.count(b"\n") == WINDOW and expected.startswith(done)
-    output.write_bytes(done + torn)
-    windows = interrupt_call(monkeypatch, generate, "_window", NEVER)
-    call(generate, generate.Generate, *command, "--output", output)
-    assert output.read_bytes() == expected
-    assert len(windows) == 3
-
-
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.4, 0.71, 1.0])
-def test_wherever_a_job_was_cut_off_it_ends_the_same(job, share, tmp_path, monkeypatch):
-    command, expected = job
-    output = tmp_path / "out.jsonl"
-    output.write_bytes(expected[: int(share * len(expected))])
-    windows = interrupt_call(monkeypatch, generate, "_window", NEVER)
-    call(generate, generate.Generate, *command, "--output", output)
-    assert output.read_bytes() == expected
-    assert {rows.start % WINDOW for *_, rows in windows} <= {0}  # batches as they would have been, to the bit
-
-
-def test_records_come_in_the_order_of_the_prompts(job, world):
-    ids = [json.loads(line)["id"] for file in sorted(world.prompts.iterdir()) for line in file.read_text().splitlines()]
-    assert [json.loads(line)["id"] for line in job[1].splitlines()] == ids

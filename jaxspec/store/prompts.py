@@ -77,8 +77,8 @@ def read_prompts(
 def parse_line(text: bytes | str, source: str) -> Line:
     """One JSON line; `source` names it in errors."""
     try:
-        raw = json.loads(text)
-    except ValueError as error:
+        raw = _json(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is not JSON ({error}); write one object a line") from error
     if not isinstance(raw, dict) or not (raw.keys() & {"prompt", "messages"}):
         raise UserError(f'{source} has neither "prompt" nor "messages"; write {{"prompt": "..."}}')
@@ -95,6 +95,13 @@ def parse_line(text: bytes | str, source: str) -> Line:
     return Line(str(raw.pop("id", source)), messages, take("response"), take("task"), raw, source)
 
 
+def _json(text: bytes | str) -> Any:
+    """The value that is written there; ValueError for halves of characters too, which no record could hold."""
+    raw = json.loads(text)
+    json.dumps(raw, ensure_ascii=False).encode()
+    return raw
+
+
 def _is_message(own: Any) -> bool:
     return isinstance(own, dict) and all(isinstance(own.get(key), str) for key in ("role", "content"))
 
@@ -105,8 +112,8 @@ def _line_or_fault(text: bytes, source: str) -> Line | Fault:
     except UserError as error:
         reason = str(error).removeprefix(source).lstrip(": ").removeprefix("is ")
         try:
-            named = json.loads(text).get("id")
-        except (ValueError, AttributeError):
+            named = _json(text).get("id")
+        except (ValueError, RecursionError, AttributeError):
             named = None
         return Fault(source if named is None else str(named), source, reason)
 

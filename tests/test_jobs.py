@@ -1,0 +1,319 @@
+"""A batch job is hard to lose work in: cut off anywhere and given again, it answers every prompt exactly once."""
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from decode import generate
+from jaxspec import serving
+from jaxspec.config import command_line
+
+ORDERS = ("input", "completed")
+
+
+def call(*argv):
+    command_line(generate.Generate, generate.run, argv=[str(word) for word in argv])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_memory(loaded):
+    """Jobs take the pool that was read already, and the engine that an equal job has compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "speculative", functools.cache(serving.speculative))
+        patch.setattr(generate, "load_pool", lambda *paths, **places: loaded)
+        yield
+
+
+@pytest.fixture(scope="module")
+def jobs(in_memory, pool, world, tmp_path_factory):
+    """A generate command without its output, and what it writes when nothing disturbs it, in both orders."""
+    folder = tmp_path_factory.mktemp("job")
+    draw = random.Random(1)
+    with open(folder / "in.jsonl", "w") as file:
+        for name in sorted(world.prompts.iterdir()):
+            for line in name.read_text().splitlines()[:8]:
+                own = {"max_new_tokens": draw.randint(1, 14), "temperature": draw.choice((0, 0.7))}
+                own |= {"stop": "e"} if draw.random() < 0.3 else {}
+                file.write(json.dumps(json.loads(line) | own) + "\n")
+    command = ["--pool", pool, "--input", folder / "in.jsonl", "--batch", 3]
+    whole = {}
+    for order in ORDERS:
+        call(*command, "--order", order, "--output", folder / f"{order}.jsonl")
+        whole[order] = (folder / f"{order}.jsonl").read_bytes()
+    return command, whole
+
+
+def assert_same(order: str, output: Path, whole: dict):
+    """Byte-identical in the order of the prompts; as they are completed, the same set of lines."""
+    ours, theirs = output.read_bytes(), whole[order]
+    if order == "completed":
+        ours, theirs = sorted(ours.split(b"\n")), sorted(theirs.split(b"\n"))
+    assert ours == theirs
+
+
+# What is written
+
+
+def test_both_orders_hold_the_same_records_and_one_is_the_prompts(jobs):
+    command, whole = jobs
+    ids = [json.loads(line)["id"] for line in Path(command[3]).read_text().splitlines()]
+    assert [json.loads(line)["id"] for line in whole["input"].splitlines()] == ids
+    assert sorted(whole["input"].splitlines()) == sorted(whole["completed"].splitlines())
+    assert whole["input"] != whole["completed"]
+
+
+def test_records_hold_no_times(jobs):
+    for line in jobs[1]["input"].splitlines():
+        assert json.loads(line).keys() == {
+            "id", "text", "token_ids", "finish_reason", "task", "drafter", "route_confidence", "num_drafts",
+            "num_draft_tokens", "num_accepted_tokens",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{"--batch": 1}, {"--batch": 5}, {"--batch": 4, "--admit-rows": 3}])
+def test_records_do_not_depend_on_the_batch(jobs, tmp_path, settings):
+    command, whole = jobs
+    call(*command, *(word for pair in settings.items() for word in pair), "--output", tmp_path / "out.jsonl")
+    assert_same("input", tmp_path / "out.jsonl", whole)
+
+
+def test_explain_prints_programs_shapes_and_seconds(jobs, tmp_path, capsys):
+    call(*jobs[0], "--output", tmp_path / "out.jsonl", "--explain")
+    said = capsys.readouterr().out
+    assert re.search(r"^[45] programs for 3 slots of \d+ tokens:$", said, re.M)
+    for name, shape in (("prefill", "1 x 32"), ("admit", "1 x 32"), ("chunk", r"3 x \d+")):
+        assert re.search(rf"^  {name} +{shape} tokens +\d+\.\d\d s$", said, re.M)
+
+
+# Cut off and given again
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.4, 0.71, 1.0])
+@pytest.mark.parametrize("order", ORDERS)
+def test_wherever_a_job_was_cut_off_it_ends_the_same(jobs, order, share, tmp_path):
+    command, whole = jobs
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(whole[order][: int(share * len(whole[order]))])
+    call(*command, "--order", order, "--output", output)
+    assert_same(order, output, whole)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_written_already_is_not_decoded_again(jobs, order, tmp_path, monkeypatch):
+    command, whole = jobs
+    output, kept = tmp_path / "out.jsonl", whole[order].splitlines(keepends=True)[:15]
+    output.write_bytes(b"".join(kept) + b'{"id": "torn')
+    real, asked = generate.serve, []
+    monkeypatch.setattr(generate, "serve", lambda *parts, **own: asked.extend(parts[3]) or real(*parts, **own))
+    call(*command, "--order", order, "--output", output)
+    assert len(asked) == whole[order].count(b"\n") - 15
+    assert output.read_bytes().startswith(b"".join(kept))
+    assert_same(order, output, whole)
+
+
+class Watched(io.FileIO):
+    """The output of a process that is killed or noticed while it writes."""
+
+    def write(self, data) -> int:
+        return super().write(self.before(data))
+
+
+def _die(argv: list[str], left: int):
+    """Is killed when so many bytes are on the disk, inside a record or between two."""
+    written = 0
+
+    def before(file, data):
+        nonlocal written
+        if written + len(data) > left:
+            io.FileIO.write(file, data[: left - written])
+            os.kill(os.getpid(), signal.SIGKILL)
+        written += len(data)
+        return data
+
+    Watched.before, generate.open = before, Watched
+    call(*argv)
+
+
+def _get_notice(argv: list[str], record: int, said: str):
+    """Receives SIGTERM while it writes a record, as the jobs of a preempted machine do."""
+    numbers = itertools.count(1)
+
+    def before(file, data):
+        if next(numbers) == record:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return data
+
+    sys.stderr = open(said, "w")
+    Watched.before, generate.open = before, Watched
+    call(*argv)
+
+
+def exit_code(target, *args) -> int:
+    """Runs `target` in a process of its own, forked from one that has imported everything and done nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["decode.generate"])
+    process = context.Process(target=target, args=args)
+    process.start()
+    process.join(300)
+    return process.exitcode
+
+
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(n, marks=pytest.mark.slow) for n in range(5, 20))])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_job_killed_at_any_byte_answers_every_prompt_once(jobs, order, seed, tmp_path):
+    """Even seeds kill it between two records, odd ones anywhere; every third is killed twice."""
+    command, whole = jobs
+    output, draw = tmp_path / "out.jsonl", random.Random(seed)
+    sizes = [len(line) for line in whole[order].splitlines(keepends=True)]
+    argv = [str(word) for word in (*command, "--order", order, "--output", output)]
+    for _ in range(1 + (seed % 3 == 0)):
+        after = sum(sizes[: draw.randrange(12)]) if seed % 2 == 0 else draw.randrange(sum(sizes) // 2)
+        before = output.read_bytes().rpartition(b"\n")[0] if output.exists() else b""
+        assert exit_code(_die, argv, after) == -signal.SIGKILL
+        assert len(output.read_bytes()) == len(before) + bool(before) + after
+    call(*argv)
+    assert_same(order, output, whole)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_notice_of_preemption_keeps_what_was_answered(jobs, order, tmp_path):
+    command, whole = jobs
+    output, said = tmp_path / "out.jsonl", tmp_path / "said"
+    argv = [str(word) for word in (*command, "--order", order, "--output", output)]
+    assert exit_code(_get_notice, argv, 8, str(said)) == 128 + signal.SIGTERM
+    assert said.read_text().splitlines()[-1] == (
+        "preempted: 8 of 24 prompts answered; run the same command again to go on"
+    )
+    assert output.read_bytes().count(b"\n") == 8 and output.read_bytes().endswith(b"\n")
+    call(*argv)
+    assert_same(order, output, whole)
+
+
+def test_a_job_leaves_the_handler_of_signals_as_it_was(jobs, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    call(*jobs[0], "--output", tmp_path / "out.jsonl")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@contextlib.contextmanager
+def small_files(most: int):
+    """No file can grow beyond so many bytes: the kernel refuses what a full disk would."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_job_on_a_full_disk_goes_on_later(jobs, order, tmp_path, capsys):
+    command, whole = jobs
+    output, room = tmp_path / "out.jsonl", int(0.6 * len(whole[order]))
+    with small_files(room), pytest.raises(SystemExit) as left:
+        call(*command, "--order", order, "--output", output)
+    assert left.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "File too large" in last and "run the same command again" in last
+    assert 0 < output.stat().st_size <= room
+    call(*command, "--order", order, "--output", output)
+    assert_same(order, output, whole)
+
+
+# Prompts that fail
+
+
+FAULTS = {
+    "too long": (b'{"id": "too long", "prompt": "' + b"bake " * 149 + b'"}', "longer than 148"),
+    "empty": (b'{"id": "empty", "prompt": " "}', "the prompt is empty"),
+    "refused": (b'{"id": "refused", "messages": [{"role": "system", "content": "x"}]}', "(no system)"),
+    "not JSON": (b'{"id": "x", "prompt": stir}', "not JSON"),
+    "not UTF-8": (b'{"id": "x", "prompt": "sti\xff"}', "utf-8"),
+    "half a character": (b'{"id": "x", "prompt": "\\ud83e"}', "surrogates"),
+    "half a character as id": (b'{"id": "\\ud83e", "prompt": "stir"}', "surrogates"),
+    "nested without end": (b'{"id": "x", "prompt": ' + b"[" * 200_000, "recursion"),
+    "no object": (b'"stir"', "neither"),
+}
+NAMED = ("too long", "empty", "refused")  # whose id can be read
+GOOD = [b'{"id": "a", "prompt": "stir the soup"}', b'{"id": "b", "prompt": "hoist our anchor"}']
+
+
+def job_of(folder: Path, pool: str, *lines: bytes) -> list:
+    (folder / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    return ["--pool", pool, "--input", folder / "in.jsonl", "--max-new-tokens", 12, "--batch", 3]
+
+
+def failed(capsys, command) -> str:
+    """The sentence in which a job says what it could not do."""
+    with pytest.raises(SystemExit) as left:
+        call(*command)
+    assert left.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def good(in_memory, pool, tmp_path_factory) -> list[bytes]:
+    """The records of the prompts that can be answered."""
+    folder = tmp_path_factory.mktemp("good")
+    call(*job_of(folder, pool, *GOOD), "--output", folder / "out.jsonl")
+    return (folder / "out.jsonl").read_bytes().splitlines()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_prompt_that_fails_becomes_a_record_and_the_others_are_answered(pool, good, order, tmp_path, capsys):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    faults = [line for line, _ in FAULTS.values()]
+    command = [*job_of(tmp_path, pool, GOOD[0], *faults, GOOD[1]), "--order", order, "--output", output]
+    summary = f"error: {len(FAULTS)} prompts were not answered, the first at {source}, line 2: prompt of"
+    assert failed(capsys, command).startswith(summary)
+    records = output.read_bytes().splitlines()
+    assert sorted(own for own in records if b'"error"' not in own) == sorted(good)
+    found = {own["id"]: own["error"] for own in map(json.loads, records) if "error" in own}
+    assert len(records) == len(found) + 2
+    for number, (name, (_, reason)) in enumerate(FAULTS.items(), 2):
+        assert reason in found[name if name in NAMED else f"{source}, line {number}"]
+    # Asked again there is nothing to do, and what was not answered is said again.
+    assert failed(capsys, command).startswith(summary)
+    assert output.read_bytes().splitlines() == records
+
+
+@pytest.mark.parametrize("kept", range(0, 12, 3))
+def test_a_job_with_faults_is_cut_off_too(pool, kept, tmp_path, capsys):
+    faults = [line for line, _ in FAULTS.values()]
+    command = job_of(tmp_path, pool, *faults[:4], GOOD[0], *faults[4:], GOOD[1])
+    failed(capsys, [*command, "--output", tmp_path / "whole.jsonl"])
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_bytes(b"".join(lines[:kept]))
+    failed(capsys, [*command, "--output", tmp_path / "out.jsonl"])
+    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(lines)
+
+
+def test_a_job_of_faults_alone_ends(pool, tmp_path, capsys):
+    lines = [line for line, _ in FAULTS.values()]
+    last = failed(capsys, [*job_of(tmp_path, pool, *lines), "--output", tmp_path / "out.jsonl"])
+    assert last.startswith(f"error: {len(lines)} prompts were not answered, the first at")
+    assert all("error" in json.loads(own) for own in (tmp_path / "out.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_id_that_appears_twice_will_not_do_where_records_come_as_completed(pool, order, tmp_path, capsys):
+    command = job_of(tmp_path, pool, *GOOD, GOOD[0])
+    if order == "input":
+        call(*command, "--output", tmp_path / "out.jsonl")
+        assert [json.loads(own)["id"] for own in (tmp_path / "out.jsonl").read_text().splitlines()] == ["a", "b", "a"]
+        return
+    last = failed(capsys, [*command, "--order", order, "--output", tmp_path / "out.jsonl"])
+    assert "line 1: the id 'a' appears again" in last and "--order input" in last
+    assert not (tmp_path / "out.jsonl").exists()
