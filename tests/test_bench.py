@@ -6,7 +6,9 @@ import json
 import jax
 import pytest
 
+from decode import throughput
 from decode.bench import Bench, run
+from decode.throughput import Throughput
 from jaxspec import serving
 from jaxspec.requests import Request
 from jaxspec.store.pool import load_pool
@@ -78,3 +80,18 @@ def test_a_pool_laid_out_for_a_cpu_gives_the_same_texts_by_every_method(pool, mo
             yield [c.ids for c in engine.complete(requests, serving.always(own, "mixed", slots))]
 
     assert list(texts(8)) == list(texts(NARROW + 1))
+
+
+def test_throughput_has_a_row_a_number_of_slots(pool, world, tmp_path, capsys):
+    out = tmp_path / "throughput.json"
+    config = Throughput(
+        pool=str(pool), prompts=str(world.prompts), limit=3, slots=(1, 2), passes=1, max_new_tokens=6, json=str(out)
+    )
+    throughput.run(config)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["slots"] for row in rows] == [1, 2]
+    for row in rows:
+        assert all(row[name]["tokens_per_second"] > 0 for name in throughput.METHODS)
+        assert row["autoregressive"]["mean_acceptance_length"] == 1.0
+        assert row["routed"]["mean_acceptance_length"] >= 1.0
+    assert capsys.readouterr().out.count("\n|") == 4
