@@ -178,6 +178,7 @@ def complete(
     budget: int,
     vocab_size: int,
     smallest: int = BUCKETS[0],
+    decode_params: dict | None = None,
 ) -> Timed:
     """Decodes one batch from ids in host memory to ids in host memory.
 
@@ -187,6 +188,7 @@ def complete(
         route: (features `[B, H]`, rows) -> routes `[B]`, -1 for the base drafter.
         budget: most new tokens that the buffers hold; a request's own budget may be smaller.
         smallest: the smallest prompt bucket; a large one means few programs, where compiling costs more than padding.
+        decode_params: the target's parameters for everything behind the prompt, where they are laid out otherwise.
     """
     start = time.perf_counter()
     prompt = as_prompt(requests, batch, smallest)
@@ -198,7 +200,7 @@ def complete(
     routes = route(features, len(requests))
     chosen = time.perf_counter()
     prompt = prompt._replace(route=np.asarray(routes, np.int32))
-    params = SpecParams(target_params, drafter_params(routes))
+    params = SpecParams(target_params if decode_params is None else decode_params, drafter_params(routes))
     out = programs.decode(params, prompt, state, sampling, slots)
     tokens, length, stopped, counts, record = jax.device_get(out)
     end = time.perf_counter()

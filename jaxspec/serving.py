@@ -15,7 +15,7 @@ from jaxspec.generate import BUCKETS, Decoder, Request, Timed, complete, decoder
 from jaxspec.router import BASE
 from jaxspec.store.pool import Pool
 from jaxspec.target import lm_target
-from jaxspec.transformer import NARROW, is_laid_out, lay_out
+from jaxspec.transformer import NARROW, lay_out
 
 
 class Method(NamedTuple):
@@ -30,11 +30,13 @@ class Method(NamedTuple):
 
 
 def prepared(pool: Pool, rows: int) -> Pool:
-    """The pool laid out for windows of `rows` rows in all, where that pays: few rows on a CPU. Drafters follow it."""
+    """The pool for windows of `rows` rows in all: few rows on a CPU are decoded with kernels in blocks.
+
+    Prompts are many rows, so the target's plain weights are kept for them and it takes its memory twice.
+    """
     if rows > NARROW or jax.default_backend() != "cpu":
         return pool
-    target = pool.pair.target
-    return pool._replace(pair=pool.pair._replace(target=target._replace(params=lay_out(target.params))))
+    return pool._replace(laid_out=jax.block_until_ready(lay_out(pool.pair.target.params)))
 
 
 def speculative(pool: Pool, num_speculative_tokens: int, *, sampled: bool) -> Decoder:
@@ -67,6 +69,7 @@ def answer(
         programs,
         requests,
         target_params=pool.pair.target.params,
+        decode_params=pool.laid_out,
         drafter_params=method.drafter_params,
         route=method.route,
         batch=batch,
@@ -125,7 +128,7 @@ def adapted(pool: Pool) -> Callable[[np.ndarray], LMDrafterParams]:
 
 def _drafting(pool: Pool, weights: dict, bank: Bank | None = None) -> LMDrafterParams:
     # Adapters are merged into plain kernels, so the layout comes last.
-    placed = lay_out(weights) if is_laid_out(pool.pair.target.params) else weights
+    placed = weights if pool.laid_out is None else lay_out(weights)
     return LMDrafterParams(jax.block_until_ready(placed), bank)
 
 

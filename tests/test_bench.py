@@ -10,7 +10,7 @@ from decode.bench import Bench, run
 from jaxspec import serving
 from jaxspec.generate import Request
 from jaxspec.store.pool import read_pool
-from jaxspec.transformer import NARROW, is_laid_out
+from jaxspec.transformer import NARROW
 
 FIELDS = {
     "prompts", "tokens", "seconds", "prefill_seconds", "decode_seconds", "draft_accuracy", "draft_acceptance_rate",
@@ -66,7 +66,7 @@ def test_a_prepared_pool_gives_the_same_texts_by_every_method(pool):
     plain = read_pool(pool)
     placed = serving.prepared(plain, NARROW)
     assert serving.prepared(plain, NARROW + 1) is plain
-    assert is_laid_out(placed.pair.target.params) == (jax.default_backend() == "cpu")
+    assert (placed.laid_out is not None) == (jax.default_backend() == "cpu")
     program = serving.speculative(plain, 2, sampled=False)
     requests = [Request(ids=(1, 3, 20 + i, 300), max_new_tokens=8, number=i) for i in range(2)]
     for routes in ([-1, -1], [1, 1], [0, 2], None):
@@ -74,7 +74,8 @@ def test_a_prepared_pool_gives_the_same_texts_by_every_method(pool):
         def texts(own, routes=routes):
             given = serving.unrouted(own, "mixed") if routes is None else None
             method = given or serving.given(own, "oracle", lambda: np.array(routes))
-            assert is_laid_out(method.drafter_params(np.array([1, 1])).weights) == (own is placed)
+            kernel = method.drafter_params(np.array([1, 1])).weights["layers"][0]["mlp"]["up"]["kernel"]
+            assert kernel.ndim == (2 if own.laid_out is None else 3)
             return [c.ids for c in serving.answer(own, program, method, requests, batch=2, budget=8).completions]
 
         assert texts(placed) == texts(plain)

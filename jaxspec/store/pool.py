@@ -28,7 +28,7 @@ class Pool(NamedTuple):
     """Models and drafters in memory.
 
     bank: adapters of the base drafter, one a task; mixed: weights of the control; facts: what the manifest says of
-    tasks, labels, calibration and the log.
+    tasks, labels, calibration and the log; laid_out: the target's weights once more, as decoding on a CPU reads them.
     """
 
     path: Path
@@ -38,6 +38,7 @@ class Pool(NamedTuple):
     router: RouterParams
     facts: dict[str, Any]
     digest: str
+    laid_out: dict | None = None
 
     @property
     def tasks(self) -> list[str]:
