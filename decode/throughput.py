@@ -91,8 +91,8 @@ def run(config: Throughput) -> None:
     for slots in config.slots:
         rows.append(_measure(config, pool, requests, slots, k))
         _print(rows[-1])
-    if config.json:
-        write_json(Path(config.json), {**conditions, "rows": rows})
+        if config.json:
+            write_json(Path(config.json), {**conditions, "rows": rows})
 
 
 def _requests(config: Throughput, pool: Pool) -> list[Request]:

@@ -207,11 +207,6 @@ def lay_out(params: dict) -> dict:
     return placed if "head" in params else placed | {"embed": {"embedding": _blocks(embedding.T)}}
 
 
-def is_laid_out(params: dict) -> bool:
-    """Whether `lay_out` made these parameters; their shapes say so."""
-    return params["layers"][0]["mlp"]["up"]["kernel"].ndim == 3
-
-
 def rope_frequencies(rope: Rope, head_dim: int) -> Array:
     """Angles per position `[head_dim / 2]`, scaled as Llama 3 does where the config asks for it."""
     inverse = 1.0 / rope.theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
