@@ -203,6 +203,24 @@ def test_special_tokens_are_not_read_and_hide_nothing_beside_them():
     assert "".join(piece for piece, *_ in fed(Reader(TOKENIZER, ()), ids, 1)) == "stir é 炒 soup"
 
 
+class Spaced:
+    """Decodes as SentencePiece does: a word brings its space along, and the first one of a text loses it."""
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(("", " stir", " the", " soup", "s")[token] for token in ids).removeprefix(" ")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_space_that_only_a_texts_first_word_loses_is_kept_behind_special_tokens(size):
+    ids = [0, 1, 0, 0, 2, 0, 3, 4, 0]
+    assert "".join(piece for piece, *_ in fed(Reader(Spaced(), ()), ids, size)) == "stir the soups"
+
+
+def test_of_two_stop_strings_completed_by_one_token_the_earlier_ends_the_text():
+    reader = Reader(Spaced(), ("ir", "ti"))
+    assert (reader.push([2, 1, 3]), reader.take(ended=True)) == (2, "the s")
+
+
 def random_text(draw: random.Random, words: int) -> str:
     return "".join(draw.choice([*ALPHABET, "stir", " onion", "🥧é", "ab"]) for _ in range(words))
 
