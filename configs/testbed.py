@@ -21,7 +21,7 @@ experiment = Experiment(
         steps=400,
         rows=2,
         search_steps=40,
-        learning_rates=(1e-3, 2e-3),
+        learning_rates=(2e-3, 4e-3),
         full_learning_rates=(5e-4, 1e-3),
     ),
 )

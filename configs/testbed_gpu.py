@@ -17,6 +17,7 @@ experiment = dataclasses.replace(
         rank=64,
         alpha=64.0,
         steps=400,
+        trunk=0.0,
         rows=16,
         search_steps=40,
         learning_rates=(1e-3, 3e-3),

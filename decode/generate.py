@@ -15,31 +15,41 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
+import jax
 from tqdm import tqdm
 
-from jaxspec import recording, serving
-from jaxspec.config import UserError, command_line
+from jaxspec import recording, serving, sharding
+from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.engine import Engine
+from jaxspec.plan import GIB, Load, device_memory, fit, table
 from jaxspec.requests import MAX_DRAFT, Request
+from jaxspec.store.huggingface import read_config
 from jaxspec.store.models import encode
-from jaxspec.store.pool import Pool, load_pool
+from jaxspec.store.parts import merge, own_rows, part_file, unfinished
+from jaxspec.store.pool import Pool, find_pool, load_pool
 from jaxspec.store.prompts import Fault, Line, read_lines
-from jaxspec.text import Ask, Completion, drafter_named, room_for, rule_for, serve
+from jaxspec.text import Ask, Completion, drafter_named, room_for, serve
+from jaxspec.types import ONE_DEVICE
 
-SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "drafter")
-# What a request's numbers may be: their types, whether a value holds, and how a person says it.
+# What a line's numbers may be: their types, whether a value holds, and how a person says it.
 RULES = {
     "max_new_tokens": ((int,), lambda x: x >= 1, "a whole number from 1"),
     "temperature": ((int, float), lambda x: 0 <= x < math.inf, "a number from 0"),
     "top_k": ((int, type(None)), lambda x: x is None or x >= 1, "a whole number from 1"),
     "top_p": ((int, float, type(None)), lambda x: x is None or 0 < x <= 1, "a number above 0 and up to 1"),
     "seed": ((int,), lambda x: 0 <= x < 2**31, "a whole number from 0 to 2147483647"),
+    "num_speculative_tokens": (
+        (int, type(None)),
+        lambda x: x is None or 0 <= x <= MAX_DRAFT,
+        f"a whole number from 0, which drafts nothing, to {MAX_DRAFT}",
+    ),
 }
 UNSAID = ("index", "num_accepted_tokens_per_pos")
+SETTINGS = (*RULES, "stop", "drafter")
 ROUNDS = 32  # between two looks at stop strings and at a notice of preemption
 SYNC = 1.0  # seconds of records that a power cut may cost
 
@@ -84,6 +94,14 @@ class Generate:
     """Another place of the pool's target."""
     draft: str = ""
     """Another place of the pool's base drafter."""
+    mesh: Mesh = field(default_factory=Mesh)
+    """The devices of this process; the slots divide over `data`."""
+    processes: int = 1
+    """Processes that share the job; each answers its own run of prompts into a part of the output."""
+    process: int = 0
+    """Which of them this is, from 0."""
+    distributed: bool = False
+    """Take both from jax.distributed: the same command on every worker of a TPU pod slice."""
 
 
 def run(config: Generate) -> None:
@@ -92,23 +110,83 @@ def run(config: Generate) -> None:
         raise UserError(
             f"--num-speculative-tokens {config.num_speculative_tokens} is too large; give at most {MAX_DRAFT}"
         )
+    process, processes = _place_in_job(config)
     lines = read_lines(config.input)
-    answered = _resume(config, lines)
-    pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype)
+    own = own_rows(len(lines), process, processes)
+    output = part_file(Path(config.output), process, processes)
+    answered = _resume(config, output, lines[own.start : own.stop])
+    mesh = _mesh(config, processes)
+    pool = _pool(config, lines, mesh)
     asks = [_ask(config, pool, number, line) for number, line in enumerate(lines)]
-    faults = {i: ask for i, ask in enumerate(asks) if isinstance(ask, str)}
-    with open(config.output, "ab") as out, preemptible() as preempted:
-        records = _records(config, pool, lines, asks, answered)
-        done = _write(out, records, len(lines), len(answered), preempted)
-    if done < len(lines):
-        print(
-            f"preempted: {done} of {len(lines)} prompts answered; run the same command again to go on", file=sys.stderr
-        )
+    with open(output, "ab") as out, preemptible() as preempted:
+        job = _Job(config, pool, mesh, lines[own.start : own.stop], asks[own.start : own.stop], _room(asks))
+        done = _write(out, _records(job, answered), len(own), len(answered), preempted)
+    if done < len(own):
+        said = f"preempted: {done} of {len(own)} prompts answered; run the same command again to go on"
+        print(said, file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
-    print(f"generate: {len(lines) - len(faults)} of {len(lines)} prompts answered in {config.output}")
+    faults = {i: asks[i] for i in own if isinstance(asks[i], str)}
+    print(f"generate: {len(own) - len(faults)} of {len(own)} prompts answered in {output}")
+    if processes > 1 and not unfinished(Path(config.output), len(lines), processes):
+        merge(Path(config.output), len(lines), processes)
+        print(f"generate: the parts of all {processes} processes are merged in {config.output}")
     if faults:
         first = min(faults)
         raise UserError(f"{len(faults)} prompts were not answered, the first at {lines[first].source}: {faults[first]}")
+
+
+class _Job(NamedTuple):
+    """What a process answers: its lines, their requests or why there is none, and the room that all processes' need."""
+
+    config: Generate
+    pool: Pool
+    mesh: jax.sharding.Mesh | None
+    lines: Sequence[Line | Fault]
+    asks: Sequence[Ask | str]
+    room: tuple[int, str]
+
+
+def _place_in_job(config: Generate) -> tuple[int, int]:
+    if config.distributed:
+        sharding.start()
+        return jax.process_index(), jax.process_count()
+    if not 0 <= config.process < config.processes:
+        raise UserError(f"--process {config.process} is out of range; give a number from 0 to {config.processes - 1}")
+    return config.process, config.processes
+
+
+def _mesh(config: Generate, processes: int) -> jax.sharding.Mesh | None:
+    """The mesh of this process's devices; None where one device does."""
+    sizes = config.mesh.data, config.mesh.model
+    return None if sizes == (1, 1) else sharding.make_mesh(*sizes, jax.local_devices() if processes > 1 else None)
+
+
+def _pool(config: Generate, lines: Sequence[Line | Fault], mesh: jax.sharding.Mesh | None) -> Pool:
+    """The pool, once it is known that it fits."""
+    _, facts, _ = find_pool(config.pool)
+    shapes = [read_config(getattr(config, name) or facts[name]["path"]) for name in ("target", "draft")]
+    load = Load(
+        batch=config.batch,
+        prompt_tokens=facts["max_prompt_tokens"],
+        max_new_tokens=config.max_new_tokens,
+        num_speculative_tokens=config.num_speculative_tokens or facts["num_speculative_tokens"],
+        dtype=config.dtype or facts["dtype"],
+        tasks=len(facts["tasks"]),
+        rank=facts["rank"],
+        drafters=2 if config.batch > 1 else 2 + len(facts["tasks"]),
+        prefill_rows=config.admit_rows,
+    )
+    memory = device_memory() if config.mesh.memory is None else int(config.mesh.memory * GIB)
+    rows = fit(*shapes, load, mesh or sharding.abstract_mesh(1, 1), memory)
+    if config.explain:
+        print(table(rows))
+    return load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype, mesh=mesh)
+
+
+def _room(asks: Sequence[Ask | str]) -> tuple[int, str]:
+    """Room and rule's kind over all processes' requests, so that a text does not depend on how many share the job."""
+    requests = [ask.request for ask in asks if isinstance(ask, Ask)]
+    return room_for(requests), "sampled" if any(request.temperature > 0 for request in requests) else "greedy"
 
 
 @contextmanager
@@ -152,19 +230,17 @@ def _sync(out: IO[bytes]) -> None:
     os.fsync(out.fileno())
 
 
-def _records(
-    config: Generate, pool: Pool, lines: Sequence[Line | Fault], asks: Sequence[Ask | str], answered: set[int]
-) -> Iterator[dict | None]:
+def _records(job: _Job, answered: set[int]) -> Iterator[dict | None]:
     """Records of the prompts that have none, in the wanted order; None where time passes without one."""
-    todo = [i for i in range(len(lines)) if i not in answered]
-    ready = {i: {"id": lines[i].id, "error": ask} for i in todo if isinstance(ask := asks[i], str)}
-    ordered = config.order == "input"
+    todo = [i for i in range(len(job.lines)) if i not in answered]
+    ready = {i: {"id": job.lines[i].id, "error": ask} for i in todo if isinstance(ask := job.asks[i], str)}
+    ordered = job.config.order == "input"
     waiting = iter(todo)
     following = next(waiting, None)
-    for found in _answers(config, pool, [(i, asks[i]) for i in todo if isinstance(asks[i], Ask)], asks):
+    for found in _answers(job, [i for i in todo if isinstance(job.asks[i], Ask)]):
         if found is not None:
             i, completion = found
-            ready[i] = _record(lines[i], completion)
+            ready[i] = _record(job.lines[i], completion)
         yield None
         for i in list(ready) if not ordered else ():
             yield ready.pop(i)
@@ -174,23 +250,24 @@ def _records(
     yield from (ready.pop(i) for i in sorted(ready))
 
 
-def _answers(config: Generate, pool: Pool, todo: Sequence[tuple[int, Ask]], asks) -> Iterator[tuple | None]:
+def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] | None]:
     """(prompt's number, completion) as they come; None where rows only went on."""
     if not todo:
         return
-    requests = [ask.request for ask in asks if isinstance(ask, Ask)]  # all of them: a resumed job has the same programs
+    config, pool, (room, kind) = job.config, job.pool, job.room
     engine = serving.speculative(
         pool,
         config.num_speculative_tokens or pool.facts["num_speculative_tokens"],
-        rule_for(requests, config.acceptance),
+        "greedy" if kind == "greedy" else config.acceptance,
         slots=config.batch,
-        room=room_for(requests),
+        room=room,
         admit_rows=config.admit_rows,
-        recorder=recording.logprobs(room_for(requests)) if config.logprobs else recording.NOTHING,
+        recorder=recording.logprobs(room) if config.logprobs else recording.NOTHING,
+        placement=ONE_DEVICE if job.mesh is None else sharding.over(job.mesh),
     )
     method = serving.routed(pool, config.batch)
-    for piece in serve(pool, engine, method, [ask for _, ask in todo], rounds=ROUNDS):
-        yield (todo[piece.index][0], piece.completion) if piece.completion else None
+    for piece in serve(pool, engine, method, [job.asks[i] for i in todo], rounds=ROUNDS):
+        yield (todo[piece.index], piece.completion) if piece.completion else None
     if config.explain:
         explain(engine)
 
@@ -207,9 +284,8 @@ def _record(line: Line | Fault, completion: Completion) -> dict[str, Any]:
     return {"id": line.id, **own}
 
 
-def _resume(config: Generate, lines: Sequence[Line | Fault]) -> set[int]:
+def _resume(config: Generate, output: Path, lines: Sequence[Line | Fault]) -> set[int]:
     """Which prompts the output answers already; a torn last line is cut off."""
-    output = Path(config.output)
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: its folder does not exist; make it first")
     place = {line.id: number for number, line in enumerate(lines)}
@@ -250,6 +326,8 @@ def _ask(config: Generate, pool: Pool, number: int, line: Line | Fault) -> Ask |
     if unknown:
         raise UserError(f"{line.source}: unknown key {sorted(unknown)[0]!r}; a line may have {', '.join(SETTINGS)}")
     own = {name: _setting(config, line, name) for name in RULES}
+    most = own.pop("num_speculative_tokens")
+    own["draft_limit"] = MAX_DRAFT if most is None else most
     stops = line.settings.get("stop") or []
     stops = stops if isinstance(stops, list) else [stops]
     if not all(isinstance(stop, str) for stop in stops):

@@ -1,12 +1,15 @@
 """jaxspec: lossless speculative decoding for JAX that learns its workload."""
 
+from jaxspec import verify as verify
 from jaxspec.engine import Engine as Engine
 from jaxspec.engine import Method as Method
+from jaxspec.engine import unrouted as unrouted
 from jaxspec.requests import Request as Request
 from jaxspec.speculate import run as run
 from jaxspec.speculate import speculator as speculator
 from jaxspec.store.pool import Pool as Pool
 from jaxspec.store.pool import load_pool as load_pool
+from jaxspec.target import lm_target as lm_target
 from jaxspec.text import Completion as Completion
 from jaxspec.text import Piece as Piece
 from jaxspec.text import generate as generate

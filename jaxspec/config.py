@@ -204,7 +204,7 @@ def check_numbers(config: Any, prefix: str = "--") -> None:
             check_numbers(value, f"{flag}.")
         if value == () and own.default not in ((), dataclasses.MISSING):
             raise UserError(f"{flag} is empty; give at least one value, for example {own.default[0]}")
-        least, most = (int(own.name != "seed"), 2**31 - 1) if "int" in str(own.type) else (0, math.inf)
+        least, most = (int(own.name not in ("seed", "process")), 2**31 - 1) if "int" in str(own.type) else (0, math.inf)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not isinstance(number, bool) and not least <= number <= most:
                 raise UserError(f"{flag} {number} is out of range; give a number from {least} to {most}")

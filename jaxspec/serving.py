@@ -76,8 +76,9 @@ def adapted(pool: Pool, slots: int) -> Callable[[np.ndarray], LMDrafterParams]:
 
 def laid(weights: dict, slots: int) -> dict:
     """Weights as windows of so many slots want them: on a CPU, where the rows are few, in blocks of columns."""
+    alone = len(jax.tree.leaves(weights)[0].devices()) == 1
     few = jax.default_backend() == "cpu" and slots * WIDE <= NARROW
-    return lay_out(weights) if few else weights
+    return lay_out(weights) if few and alone else weights
 
 
 @lru_cache(maxsize=4)

@@ -101,3 +101,13 @@ def test_the_readmes_commands_explain_themselves(command):
     assert f"python -m {command}" in (ROOT / "README.md").read_text()
     done = subprocess.run([sys.executable, "-m", command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout
+
+
+def test_the_readmes_python_runs(pool):
+    """As it stands, on another pool; the drafter that it shows is one that a reader could write."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert max(len(block.strip().splitlines()) for block in blocks) <= 30 and len(blocks) == 2
+    names: dict = {}
+    for block in blocks:
+        exec(block.replace("runs/demo/pool", pool), names)
+    assert names["completion"].text and names["piece"].completion.finish_reason in ("stop", "length")

@@ -19,6 +19,7 @@ import pytest
 from decode import generate
 from jaxspec import serving
 from jaxspec.config import command_line
+from jaxspec.store.pool import load_pool
 
 ORDERS = ("input", "completed")
 
@@ -317,3 +318,64 @@ def test_an_id_that_appears_twice_will_not_do_where_records_come_as_completed(po
     last = failed(capsys, [*command, "--order", order, "--output", tmp_path / "out.jsonl"])
     assert "line 1: the id 'a' appears again" in last and "--order input" in last
     assert not (tmp_path / "out.jsonl").exists()
+
+
+# Many processes, many devices
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_processes_share_a_job_and_the_last_one_merges(jobs, order, tmp_path, capsys):
+    """One of them is killed and given again; the noise of a prompt is its own, whoever answers it."""
+    command, whole = jobs
+    output = tmp_path / "out.jsonl"
+    share = lambda process: call(*command, "--order", order, "--output", output, "--processes", 3, "--process", process)
+    for process in (2, 0, 1):
+        assert not output.exists()
+        share(process)
+        if process == 0:
+            part = tmp_path / "out-00000-of-00003.jsonl"
+            part.write_bytes(part.read_bytes()[:-7])
+    assert not output.exists()
+    share(0)
+    assert "are merged in" in capsys.readouterr().out
+    assert_same(order, output, whole)
+
+
+def test_a_process_that_is_none_of_the_job_is_refused(jobs, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        call(*jobs[0], "--output", tmp_path / "out.jsonl", "--processes", 2, "--process", 2)
+    assert left.value.code == 2
+    assert "--process 2 is out of range; give a number from 0 to 1" in capsys.readouterr().err
+
+
+def test_a_job_on_a_mesh_says_the_same(jobs, pool, tmp_path, monkeypatch):
+    """Weights are read into their sharding; slots are over `data`, the target's heads over `model`."""
+    command, whole = jobs
+    monkeypatch.setattr(generate, "load_pool", load_pool)
+    call(*command, "--output", tmp_path / "out.jsonl", "--batch", 4, "--mesh.data", 2, "--mesh.model", 2)
+    assert_same("input", tmp_path / "out.jsonl", whole)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--batch", 3, "--mesh.data", 2), "a batch of 3 does not divide over --mesh.data 2"),
+        (("--mesh.model", 4), "--mesh.model 4 does not divide the target's 2 kv heads; give one of 1, 2"),
+        (("--batch", 64, "--mesh.memory", 0.001), "a batch of 64 needs"),
+    ],
+)
+def test_what_does_not_fit_the_devices_is_refused_before_weights_are_read(jobs, argv, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        call(*jobs[0], "--output", tmp_path / "out.jsonl", *argv)
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_line_says_how_many_tokens_are_drafted_for_it(pool, tmp_path):
+    """None is no speculation; the text is the same."""
+    lines = [{"id": str(k), "prompt": "stir the soup", "num_speculative_tokens": k} for k in (0, 1, 2)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    call("--pool", pool, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--batch", 3)
+    none, *some = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert none["num_draft_tokens"] == 0 and none["num_drafts"] == len(none["token_ids"])
+    assert all(own["token_ids"] == none["token_ids"] and own["num_draft_tokens"] > 0 for own in some)

@@ -1,9 +1,9 @@
 """One output of several processes: each answers its own rows into a part file; the parts in order are the output."""
 
+import os
 from pathlib import Path
 
 from jaxspec.config import UserError
-from jaxspec.store.stages import write_whole
 
 
 def own_rows(number: int, process: int, processes: int) -> range:
@@ -37,13 +37,14 @@ def merge(output: Path, number: int, processes: int) -> None:
         part = part_file(output, missing[0], processes)
         raise UserError(f"{part} has not all of its lines; start process {missing[0]} of {processes} again")
 
-    def write(whole: Path) -> None:
-        with open(whole, "wb") as out:
-            for process in range(processes):
-                with open(part_file(output, process, processes), "rb") as part:
-                    out.writelines(part)
-
-    write_whole(output, write)
+    whole = output.with_name(f".{output.name}.{os.getpid()}.part")  # two processes may end at once
+    with open(whole, "wb") as out:
+        for process in range(processes):
+            with open(part_file(output, process, processes), "rb") as part:
+                out.writelines(part)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(whole, output)
 
 
 def _lines(file: Path) -> int:

@@ -62,14 +62,19 @@ def load_pool(path: str, *, target: str = "", draft: str = "", dtype: str = "", 
     Raises:
         UserError: no pool there, a model that is another one, a damaged file.
     """
+    places = {"target": target, "draft": draft, "dtype": dtype, "mesh": mesh}
+    return known_pool(*find_pool(path), **places)
+
+
+def find_pool(path: str) -> tuple[Path, dict, str]:
+    """A pool's folder, what its manifest says, and its digest; no weights are read."""
     folder = Path(path)
     if not (folder / MANIFEST).exists():
         raise UserError(f"{path!r} is not a pool (it has no {MANIFEST}); `python -m train` makes one in OUT/pool")
     manifest = read_json(folder / MANIFEST)
     if manifest.get("stage") != "pool":
         raise UserError(f"{path!r} holds the stage {manifest.get('stage')!r}, not a pool; give OUT/pool")
-    places = {"target": target, "draft": draft, "dtype": dtype, "mesh": mesh}
-    return known_pool(folder, manifest["results"], manifest["digest"], **places)
+    return folder, manifest["results"], manifest["digest"]
 
 
 def known_pool(
