@@ -1,8 +1,6 @@
-"""Continuous batching with static shapes: B slots, one decoding program, and a finished row's slot filled again.
+"""Continuous batching: B slots of one way of decoding, and a finished row's slot filled again.
 
-Three kinds of jitted programs share one state whose leaves all have slots first. `prefill` reads prompts of one bucket
-with the target and pools the router's features; `admit` reads them with the drafter and puts the rows into free slots;
-`chunk` repeats the step on the device until enough rows are done. The host only decides who goes where.
+The programs of `jaxspec.slots` do the work on the device; here the host decides who goes where, and reads what came out.
 """
 
 import time
@@ -12,125 +10,16 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from jaxspec.metrics import History, counts, no_history, remember
+from jaxspec.metrics import counts
 from jaxspec.recording import NOTHING, Recorder
 from jaxspec.requests import MAX_DRAFT, Completion, Request, as_prompt, as_sampling, as_tokens, bucket_of
-from jaxspec.speculate import run, speculator
-from jaxspec.types import ONE_DEVICE, Drafter, Placement, Prompt, Rule, Sampling, SpecParams, SpecState, Target
+from jaxspec.slots import Slots, empty_slots, programs
+from jaxspec.types import ONE_DEVICE, Drafter, Placement, Rule, SpecParams, Target
 from jaxspec.verify import greedy
 
 FOREVER = 1 << 30
-
-
-class Slots(NamedTuple):
-    """The engine's whole state, every leaf with slots first: rows being decoded, their rounds and their record."""
-
-    spec: SpecState
-    history: History
-    record: Any
-
-
-class Programs(NamedTuple):
-    """The jitted programs of one way of decoding; nothing is compiled before it is called.
-
-    prefill: (target params, tokens `[R, P]`, length `[R]`) -> (target state, features `[R, H]`).
-    admit: (params, slots, prompt, target state, sampling, where `[R]`) -> slots; a row whose `where` is B is dropped.
-    chunk: (params, slots, floor, rounds) -> slots, after `rounds` rounds or with no more than `floor` rows running.
-    halt: (slots, ended `[B]`) -> slots, the rows that the host ended done.
-    """
-
-    num_nodes: int
-    prefill: Callable
-    admit: Callable
-    chunk: Callable
-    halt: Callable
-
-
-def programs(
-    target: Target,
-    drafter: Drafter,
-    rule: Rule,
-    *,
-    stop_tokens: Sequence[int],
-    recorder: Recorder = NOTHING,
-    placement: Placement = ONE_DEVICE,
-) -> Programs:
-    """Composes the programs of a target, a drafter and an acceptance rule."""
-    spec = speculator(target, drafter, rule, stop_tokens=stop_tokens)
-
-    def prefill(params, tokens: Array, length: Array):
-        rows, bucket = tokens.shape
-        none = jnp.zeros(rows, jnp.int32)
-        prompt = Prompt(tokens, length, jax.random.split(jax.random.key(0), rows), none, none, none)
-        state, features = target.init(params, prompt, bucket)
-        return state, pool_features(features, length)
-
-    def admit(params: SpecParams, slots: Slots, prompt: Prompt, target_state, sampling, where: Array) -> Slots:
-        rows = _fresh(spec, recorder, params, prompt, target_state, sampling)
-        return placement.state(insert(slots, rows, where))
-
-    def chunk(params: SpecParams, slots: Slots, floor: Array, rounds: Array) -> Slots:
-        fold = lambda stats, info: (remember(stats[0], info), recorder.fold(stats[1], info), stats[2] + 1)
-        go_on = lambda state, stats: (jnp.sum(~state.done) > floor) & (stats[2] < rounds)
-        start = (slots.history, slots.record, jnp.int32(0))
-        state, (history, record, _) = run(spec.step, fold, params, slots.spec, start, go_on)
-        return placement.state(Slots(state, history, record))
-
-    def halt(slots: Slots, ended: Array) -> Slots:
-        return placement.state(slots._replace(spec=slots.spec._replace(done=slots.spec.done | ended)))
-
-    jitted = (jax.jit(f, donate_argnums=at) for f, at in ((prefill, ()), (admit, 1), (chunk, 1), (halt, 0)))
-    return Programs(drafter.num_nodes, *jitted)
-
-
-def empty_slots(
-    target: Target,
-    drafter: Drafter,
-    rule: Rule,
-    params: SpecParams,
-    *,
-    slots: int,
-    room: int,
-    sampled: bool,
-    recorder: Recorder,
-) -> Slots:
-    """B slots of nothing, all done; allocates `room` tokens of cache for each."""
-    spec = speculator(target, drafter, rule, stop_tokens=())
-    zero = jnp.zeros(slots, jnp.int32)
-    sampling = Sampling(jnp.zeros(slots), zero + 1, jnp.ones(slots)) if sampled else None
-
-    def build(params):
-        keys = jax.random.split(jax.random.key(0), slots)
-        prompt = Prompt(jnp.zeros((slots, room), jnp.int32), zero + 1, keys, zero, zero, zero - 1)
-        state, _ = target.init(params.target, prompt, room)
-        return _fresh(spec, recorder, params, prompt, state, sampling)
-
-    shapes = jax.eval_shape(build, params)
-    blank_keys = lambda leaf: jax.random.split(jax.random.key(0), leaf.shape[0])
-    zeros = lambda leaf: blank_keys(leaf) if _is_key(leaf) else jnp.zeros(leaf.shape, leaf.dtype)
-    blank = jax.tree.map(zeros, shapes)
-    return blank._replace(spec=blank.spec._replace(done=jnp.ones(slots, bool), length=zero + 1))
-
-
-def insert(slots: Slots, rows: Slots, where: Array) -> Slots:
-    """Puts row i into slot `where[i]`; leaves of a shorter room fill the beginning of the slot's."""
-
-    def put(leaf: Array, new: Array) -> Array:
-        start = (slice(0, n) for n in new.shape[1:])
-        return leaf.at[(where, *start)].set(new.astype(leaf.dtype), mode="drop")
-
-    return jax.tree.map(put, slots, rows)
-
-
-def pool_features(hidden: Array, length: Array) -> Array:
-    """Mean over the real tokens, normalised to unit length: `[B, P, H]` -> `[B, H]` float32."""
-    real = (jnp.arange(hidden.shape[1]) < length[:, None])[..., None]
-    mean = jnp.sum(jnp.where(real, hidden.astype(jnp.float32), 0.0), axis=1) / length[:, None]
-    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-9)
 
 
 class Routes(NamedTuple):
@@ -434,16 +323,5 @@ class _Queue:
             )
 
 
-def _fresh(spec, recorder: Recorder, params: SpecParams, prompt: Prompt, target_state, sampling) -> Slots:
-    """Rows that have read their prompts and emitted nothing."""
-    rows, bucket = prompt.tokens.shape
-    state = spec.init(params, prompt, target_state, sampling, bucket)
-    return Slots(state, no_history(rows, bucket), recorder.init(prompt))
-
-
 def _grid(tokens: np.ndarray) -> str:
     return f"{tokens.shape[0]} x {tokens.shape[1]} tokens"
-
-
-def _is_key(leaf) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

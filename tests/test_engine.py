@@ -27,8 +27,9 @@ from jaxspec import verify
 from jaxspec.adapters import init_bank
 from jaxspec.drafters import lm_drafter
 from jaxspec.drafters.lm import LMDrafterParams
-from jaxspec.engine import Engine, Method, Routes, pool_features, unrouted
+from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.requests import MAX_DRAFT, Request, room_of
+from jaxspec.slots import pool_features
 from jaxspec.target import lm_target
 from jaxspec.transformer import forward, unembed
 

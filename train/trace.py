@@ -21,9 +21,10 @@ from jaxspec import verify
 from jaxspec.config import Experiment, Trace, UserError, command_line, plain
 from jaxspec.drafters import lm_drafter
 from jaxspec.drafters.lm import LMDrafterParams
-from jaxspec.engine import Engine, Method, pool_features, unrouted
+from jaxspec.engine import Engine, Method, unrouted
 from jaxspec.recording import Recorder, place
 from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
+from jaxspec.slots import pool_features
 from jaxspec.store.models import Pair, encode, read_pair
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import Stage, digest_of, finish, open_stage, write_arrays, write_whole
