@@ -131,6 +131,23 @@ class Watched(io.FileIO):
         return super().write(self.before(data))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_record_is_written_as_soon_as_its_turn_has_come(jobs, order, tmp_path, monkeypatch):
+    real, seen, at_write = generate.serve, [], []
+
+    def watched(*parts, **settings):
+        for piece in real(*parts, **settings):
+            seen.extend([piece.index] * (piece.completion is not None))
+            yield piece
+
+    monkeypatch.setattr(generate, "serve", watched)
+    monkeypatch.setattr(generate, "open", Watched, raising=False)
+    monkeypatch.setattr(Watched, "before", lambda file, data: at_write.append(len(seen)) or data, raising=False)
+    call(*jobs[0], "--order", order, "--output", tmp_path / "out.jsonl")
+    completed = [seen.index(number) + 1 for number in range(len(seen))]
+    assert at_write == list(itertools.accumulate(completed, max) if order == "input" else sorted(completed))
+
+
 def _die(argv: list[str], left: int):
     """Is killed when so many bytes are on the disk, inside a record or between two."""
     written = 0
