@@ -1,9 +1,11 @@
 """A world small enough for a test: two random models of one tokenizer, a prompt log of three tasks, and their pool."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import random
+import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -130,6 +132,17 @@ def out_with(finished, tmp_path):
         return tmp_path / "out"
 
     return copy
+
+
+@contextlib.contextmanager
+def small_files(most: int):
+    """No file can grow beyond so many bytes: the kernel refuses what a full disk would."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def write_log(folder: Path) -> None:

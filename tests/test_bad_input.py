@@ -1,11 +1,9 @@
 """A mistake ends in one sentence with what was received and what to do, exit code 2, and nothing finished is lost."""
 
-import contextlib
 import errno
 import gzip
 import json
 import os
-import resource
 import shutil
 from pathlib import Path
 
@@ -368,24 +366,13 @@ WRITERS = {
 }
 
 
-@contextlib.contextmanager
-def small_files(most: int):
-    """No file can grow beyond so many bytes: the kernel refuses what a full disk would."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_file_is_replaced_whole_or_not_at_all(capsys, tmp_path, name):
     file, values = tmp_path / "file", np.arange(100_000)
     write = lambda values: command_line(Experiment, lambda experiment: WRITERS[name](file, values), argv=[])
     write(values[:10])
     before = file.read_bytes()
-    with small_files(10_000), pytest.raises(SystemExit) as left:
+    with conftest.small_files(10_000), pytest.raises(SystemExit) as left:
         write(values)
     assert left.value.code == 2
     assert_says(capsys.readouterr().err, "error: ", "File too large", "run the same command again")

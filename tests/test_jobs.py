@@ -1,6 +1,5 @@
 """A batch job is hard to lose work in: cut off anywhere and given again, it answers every prompt exactly once."""
 
-import contextlib
 import functools
 import io
 import itertools
@@ -9,11 +8,11 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import signal
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 
 from decode import generate
@@ -225,22 +224,11 @@ def test_a_job_leaves_the_handler_of_signals_as_it_was(jobs, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@contextlib.contextmanager
-def small_files(most: int):
-    """No file can grow beyond so many bytes: the kernel refuses what a full disk would."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_job_on_a_full_disk_goes_on_later(jobs, order, tmp_path, capsys):
     command, whole = jobs
     output, room = tmp_path / "out.jsonl", int(0.6 * len(whole[order]))
-    with small_files(room), pytest.raises(SystemExit) as left:
+    with conftest.small_files(room), pytest.raises(SystemExit) as left:
         call(*command, "--order", order, "--output", output)
     assert left.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
