@@ -174,7 +174,7 @@ def _pool(config: Generate, lines: Sequence[Line | Fault], mesh: jax.sharding.Me
         tasks=len(facts["tasks"]),
         rank=facts["rank"],
         drafters=2 if config.batch > 1 else 2 + len(facts["tasks"]),
-        prefill_rows=config.admit_rows,
+        prefill_rows=-(-config.admit_rows // config.mesh.data) * config.mesh.data,  # rows that do not divide are whole
     )
     memory = device_memory() if config.mesh.memory is None else int(config.mesh.memory * GIB)
     rows = fit(*shapes, load, mesh or sharding.abstract_mesh(1, 1), memory)

@@ -109,6 +109,7 @@ def test_the_readmes_python_runs(pool):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert max(len(block.strip().splitlines()) for block in blocks) <= 30 and len(blocks) == 2
     names: dict = {}
-    for block in blocks:
-        exec(block.replace("runs/demo/pool", pool), names)
+    exec(blocks[0].replace("runs/demo/pool", pool), names)
     assert names["completion"].text and names["piece"].completion.finish_reason in ("stop", "length")
+    exec(blocks[1], names)
+    assert 0 < len(names["completion"].ids) <= 24
