@@ -5,23 +5,25 @@ The models were made by `python -m train.pretrain --out configs/demo --batch 16 
 
 from pathlib import Path
 
-from jaxspec.config import Align, Calibrate, Experiment, Router, Trace
+from jaxspec.config import Align, Calibrate, Experiment, Partition, Router, Trace
 
 _models = Path(__file__).with_name("demo")
 
 experiment = Experiment(
     target=str(_models / "target"),
     draft=str(_models / "draft"),
-    limit=160,
+    limit=130,
     trace=Trace(batch=32, max_prompt_tokens=256, max_new_tokens=80, smallest_bucket=128, use_responses=False),
+    partition=Partition(max_clusters=8),  # finer ones exist in a generated log, and each costs the demo a drafter
     align=Align(
         rank=32,
         alpha=32.0,
-        steps=300,
+        steps=160,
+        trunk=0.0,
         rows=4,
-        search_steps=30,
-        learning_rates=(1e-2, 3e-2),
-        full_learning_rates=(3e-3, 1e-2),
+        search_steps=20,
+        learning_rates=(2e-2, 4e-2),
+        full_learning_rates=(5e-3, 1e-2),
     ),
     router=Router(steps=300),
     calibrate=Calibrate(lengths=(2, 4, 6), prompts=8, passes=2),
