@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from decode.differences import first_difference
 from jaxspec import metrics
 from jaxspec.engine import Seconds
-from jaxspec.requests import Completion, Request, bucket_of
+from jaxspec.requests import Completion, Request
 from jaxspec.router import BASE
 from jaxspec.store.pool import POINTS, Pool
 from jaxspec.store.prompts import Line
 from jaxspec.store.stages import read_arrays
-from jaxspec.transformer import forward, unembed
 
 
 class Ask(NamedTuple):
@@ -125,23 +125,10 @@ def _first_differences(pool: Pool, asks, by_row: dict, parity: dict) -> list[dic
     other = next((name for name in parity if name != "autoregressive"), "autoregressive")
     parted = []
     for i, ask in enumerate(asks):
-        a, b = timed[i].completion.ids, parity[other][i]
-        if a != b:
-            at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-            parted.append({"id": ask.line.id, "task": ask.task, "position": at, **_two_logits(pool, ask, a, b, at)})
+        found = first_difference(pool, ask.request, timed[i].completion.ids, parity[other][i])
+        if found is not None:
+            parted.append({"id": ask.line.id, "task": ask.task, **found})
     return parted
-
-
-def _two_logits(pool: Pool, ask: Ask, a: list[int], b: list[int], at: int) -> dict:
-    if at >= min(len(a), len(b)):
-        return {"tokens": None, "logits": None}
-    ids = [*ask.request.ids, *a[:at]]
-    tokens = np.zeros((1, bucket_of(len(ids))), np.int32)
-    tokens[0, : len(ids)] = ids
-    target = pool.pair.target
-    hidden = forward(target.config, target.params, tokens)[:, len(ids) - 1]
-    logits = np.asarray(unembed(target.config, target.params, hidden))[0]
-    return {"tokens": [a[at], b[at]], "logits": [float(logits[a[at]]), float(logits[b[at]])]}
 
 
 def router_figures(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass]) -> dict | None:

@@ -164,7 +164,7 @@ def _mesh(config: Generate, processes: int) -> jax.sharding.Mesh | None:
 def _pool(config: Generate, lines: Sequence[Line | Fault], mesh: jax.sharding.Mesh | None) -> Pool:
     """The pool, once it is known that it fits."""
     _, facts, _ = find_pool(config.pool)
-    shapes = [read_config(getattr(config, name) or facts[name]["path"]) for name in ("target", "draft")]
+    target, draft = (read_config(getattr(config, name) or facts[name]["path"]) for name in ("target", "draft"))
     load = Load(
         batch=config.batch,
         prompt_tokens=facts["max_prompt_tokens"],
@@ -177,7 +177,7 @@ def _pool(config: Generate, lines: Sequence[Line | Fault], mesh: jax.sharding.Me
         prefill_rows=-(-config.admit_rows // config.mesh.data) * config.mesh.data,  # rows that do not divide are whole
     )
     memory = device_memory() if config.mesh.memory is None else int(config.mesh.memory * GIB)
-    rows = fit(*shapes, load, mesh or sharding.abstract_mesh(1, 1), memory)
+    rows = fit(target, draft, load, mesh or sharding.abstract_mesh(1, 1), memory)
     if config.explain:
         print(table(rows))
     return load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype, mesh=mesh)
@@ -266,7 +266,8 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
         placement=ONE_DEVICE if job.mesh is None else sharding.over(job.mesh),
     )
     method = serving.routed(pool, config.batch)
-    for piece in serve(pool, engine, method, [job.asks[i] for i in todo], rounds=ROUNDS):
+    asks = [ask for i in todo if isinstance(ask := job.asks[i], Ask)]
+    for piece in serve(pool, engine, method, asks, rounds=ROUNDS):
         yield (todo[piece.index], piece.completion) if piece.completion else None
     if config.explain:
         explain(engine)

@@ -5,6 +5,8 @@
 All prompts, of all tasks in turn, go through an engine of B slots; the clock runs from the first prompt's ids in host memory
 to the last token there, prefill and routing included. `one route` decodes with one specialist's merged weights, so that
 what a row of its round costs beside that of `routed`, whose rows have adapters of their own, is the price of mixing.
+Programs of different numbers of slots round differently: `parted` is the share of prompts whose routed text is not that of the
+first number of slots, with the widest gap between the two logits at a first difference, in steps of bfloat16.
 """
 
 import json
@@ -18,17 +20,20 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from decode.differences import first_difference
 from jaxspec import serving
 from jaxspec.config import command_line
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
-from jaxspec.requests import Request, bucket_of, room_of
+from jaxspec.requests import Completion, Request, bucket_of, room_of
 from jaxspec.store.models import encode
 from jaxspec.store.pool import Pool, load_pool
 from jaxspec.store.prompts import read_prompts
 from jaxspec.store.stages import write_json
 
 METHODS = ("autoregressive", "base", "one route", "routed")
+
+Texts = dict[str, list[list[int]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +89,13 @@ def run(config: Throughput) -> None:
     print(
         "| slots | "
         + " | ".join(f"{name}, tokens/s" for name in METHODS)
-        + " | routed / autoregressive | a row's round, routed / one route |"
+        + " | routed / autoregressive | a row's round, routed / one route | parted |"
     )
-    print("|---:|" + "---:|" * (len(METHODS) + 2))
-    rows = []
+    print("|---:|" + "---:|" * (len(METHODS) + 3))
+    rows, texts = [], {}
     for slots in config.slots:
-        rows.append(_measure(config, pool, requests, slots, k))
+        figures, texts[slots] = _measure(config, pool, requests, slots, k)
+        rows.append(figures | {"parted": _parted(pool, requests, texts[config.slots[0]], texts[slots])})
         _print(rows[-1])
         if config.json:
             write_json(Path(config.json), {**conditions, "rows": rows})
@@ -109,9 +115,10 @@ def _requests(config: Throughput, pool: Pool) -> list[Request]:
     ]
 
 
-def _measure(config: Throughput, pool: Pool, requests: Sequence[Request], slots: int, k: int) -> dict[str, Any]:
+def _measure(config: Throughput, pool: Pool, requests: Sequence[Request], slots: int, k: int) -> tuple[dict, Texts]:
+    """Figures, and each method's texts."""
     buckets = sorted({bucket_of(len(r.ids), config.smallest_bucket) for r in requests})
-    shape = {
+    shape: dict[str, Any] = {
         "slots": slots,
         "room": room_of(buckets[-1], config.max_new_tokens),
         "admit_rows": min(config.admit_rows, slots),
@@ -124,12 +131,26 @@ def _measure(config: Throughput, pool: Pool, requests: Sequence[Request], slots:
     for name in METHODS:
         engines[name].warm_up(methods[name], buckets)
     timed: dict[str, list[dict]] = defaultdict(list)
+    texts: Texts = {}
     for number in tqdm(range(config.passes), desc=f"{slots} slots", leave=False):
         for name in METHODS[number % len(METHODS) :] + METHODS[: number % len(METHODS)]:
-            timed[name].append(_once(engines[name], methods[name], requests))
+            completions = engines[name].complete(requests, methods[name])
+            timed[name].append(_figures(engines[name], completions))
+            texts[name] = [completion.ids for completion in completions]
     middle = lambda name, field: statistics.median(own[field] for own in timed[name])
     figures = {name: {field: middle(name, field) for field in timed[name][0]} for name in METHODS}
-    return {"slots": slots, **figures}
+    return {"slots": slots, **figures}, texts
+
+
+def _parted(pool: Pool, requests: Sequence[Request], first: Texts, other: Texts) -> dict[str, dict[str, float]]:
+    """By method, the share of prompts with another text and the widest gap at a first difference."""
+    out = {}
+    for name in METHODS:
+        pairs = zip(requests, first[name], other[name], strict=True)
+        found = [own for request, a, b in pairs if (own := first_difference(pool, request, a, b))]
+        gaps = [own["gap"] for own in found if own["gap"] is not None]
+        out[name] = {"share": len(found) / len(requests), "widest_gap": max(gaps, default=0.0)}
+    return out
 
 
 def _methods(pool: Pool, slots: int) -> dict[str, Method]:
@@ -142,8 +163,7 @@ def _methods(pool: Pool, slots: int) -> dict[str, Method]:
     }
 
 
-def _once(engine: Engine, method: Method, requests: Sequence[Request]) -> dict[str, float]:
-    completions = engine.complete(requests, method)
+def _figures(engine: Engine, completions: Sequence[Completion]) -> dict[str, float]:
     tokens = sum(len(c.ids) for c in completions)
     rounds = sum(int(c.counts.num_drafts) for c in completions)
     return {
@@ -158,10 +178,10 @@ def _print(row: dict[str, Any]) -> None:
     rate = lambda name: row[name]["tokens_per_second"]
     cost = row["routed"]["microseconds_a_row_round"] / row["one route"]["microseconds_a_row_round"]
     cells = [f"{rate(name):.0f}" for name in METHODS]
-    print(
-        f"| {row['slots']} | " + " | ".join(cells) + f" | {rate('routed') / rate('autoregressive'):.2f} | {cost:.2f} |",
-        flush=True,
-    )
+    parted = row["parted"]["routed"]
+    cells += [f"{rate('routed') / rate('autoregressive'):.2f}", f"{cost:.2f}"]
+    cells += [f"{parted['share']:.3f}" + (f", {parted['widest_gap']:.1f} steps" if parted["share"] else "")]
+    print(f"| {row['slots']} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

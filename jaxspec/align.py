@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -109,4 +110,5 @@ def optimiser() -> optax.GradientTransformation:
 def schedule(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear rise over the first `warmup` share of the steps, then a cosine down to a tenth of the peak."""
     rise = max(1, round(warmup * steps))
-    return float(optax.warmup_cosine_decay_schedule(peak / rise, peak, rise, max(steps, rise + 1), peak / 10)(step))
+    rate = optax.warmup_cosine_decay_schedule(peak / rise, peak, rise, max(steps, rise + 1), peak / 10)
+    return np.asarray(rate(step)).item()

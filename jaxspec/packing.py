@@ -1,6 +1,7 @@
 """Sequences of many lengths in rows of one length: several in a row, told apart by segment."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def places(traces: Traces, rows: Sequence[Sequence[int]], row_tokens: int) -> in
 def as_batch(traces: Traces, rows: Sequence[Sequence[int]], row_tokens: int, room: int) -> Batch:
     """Host arrays of packed rows; `room` is M."""
     number, k = len(rows), traces.top_ids.shape[-1]
-    zeros = lambda *shape, dtype=np.int32: np.zeros((number, *shape), dtype)
+    zeros: Callable[..., Any] = lambda *shape, dtype=np.int32: np.zeros((number, *shape), dtype)
     batch = Batch(
         tokens=zeros(row_tokens),
         segments=zeros(row_tokens) - 1,

@@ -3,7 +3,7 @@
 Shapes depend on slots, prompt bucket and draft length and on nothing else, so that few programs serve every prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,8 +69,8 @@ def as_prompt(requests: Sequence[Request], rows: int, bucket: int, routes: Seque
     """Arrays `[rows, bucket]` of requests that fit the bucket; missing rows are padded with ones that emit nothing."""
     filler = Request(ids=(0,), max_new_tokens=0)
     padded = [*requests, *[filler] * (rows - len(requests))]
-    of = lambda get: np.array([get(r) for r in padded], np.int32)
-    route = np.array([*routes, *[-1] * (rows - len(routes))], np.int32)
+    of: Callable[..., Any] = lambda get: np.array([get(r) for r in padded], np.int32)
+    route: Any = np.array([*routes, *[-1] * (rows - len(routes))], np.int32)
     keys = _keys(of(lambda r: r.seed), of(lambda r: r.number))
     return Prompt(
         tokens=as_tokens(padded, bucket),
@@ -82,7 +82,7 @@ def as_prompt(requests: Sequence[Request], rows: int, bucket: int, routes: Seque
     )
 
 
-def as_tokens(requests: Sequence[Request], bucket: int) -> np.ndarray:
+def as_tokens(requests: Sequence[Request], bucket: int) -> Any:
     """Right-padded prompts `[rows, bucket]`."""
     tokens = np.zeros((len(requests), bucket), np.int32)
     for row, request in zip(tokens, requests, strict=True):
@@ -92,7 +92,7 @@ def as_tokens(requests: Sequence[Request], bucket: int) -> np.ndarray:
 
 def as_sampling(requests: Sequence[Request], rows: int, vocab_size: int) -> Sampling:
     """Rows' sampling, every column present, so that requests of all settings share a program."""
-    pad = lambda values, fill, dtype: np.array([*values, *[fill] * (rows - len(requests))], dtype)
+    pad: Callable[..., Any] = lambda values, fill, dtype: np.array([*values, *[fill] * (rows - len(requests))], dtype)
     return Sampling(
         pad([r.temperature for r in requests], 0.0, np.float32),
         pad([min(r.top_k or vocab_size, vocab_size) for r in requests], vocab_size, np.int32),

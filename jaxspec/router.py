@@ -71,7 +71,7 @@ def train(
         features: `[N, H]` of the train split; task: `[N]` their clusters.
     """
     tx = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=1e-2)
-    features, task = jnp.asarray(features), jnp.asarray(task)
+    inputs, labels = jnp.asarray(features), jnp.asarray(task)
     batch = min(batch, len(task))
 
     def loss(mlp, x, y):
@@ -82,7 +82,7 @@ def train(
         pick_key, noise_key = jax.random.split(key)
         rows = jax.random.randint(pick_key, (batch,), 0, len(task))
         noise = 0.1 * params.deviation * jax.random.normal(noise_key, (batch, features.shape[1]))
-        value, grads = jax.value_and_grad(loss)(mlp, features[rows] + noise, task[rows])
+        value, grads = jax.value_and_grad(loss)(mlp, inputs[rows] + noise, labels[rows])
         updates, opt = tx.update(grads, opt, mlp)
         return (optax.apply_updates(mlp, updates), opt), value
 

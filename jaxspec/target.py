@@ -27,8 +27,8 @@ def lm_target(config: LMConfig, dtype=jnp.float32) -> Target:
         return LMState(cache, prompt.length - 1), features
 
     def score(params, state: LMState, window, parents, sampling):
-        shape = {} if parents is None else tree_shape(parents)
-        features, cache = extend(config, params, state.cache, window, state.length, **shape)
+        depth, visible = (None, None) if parents is None else tree_shape(parents)
+        features, cache = extend(config, params, state.cache, window, state.length, depth=depth, visible=visible)
         logits = unembed(config, params, features)
         return Scores(log_probs(logits, sampling), logits, features), state._replace(cache=cache)
 
@@ -39,7 +39,7 @@ def lm_target(config: LMConfig, dtype=jnp.float32) -> Target:
     return Target(init, score, commit)
 
 
-def tree_shape(parents: Array) -> dict[str, Array]:
+def tree_shape(parents: Array) -> tuple[Array, Array]:
     """Depth `[B, W]` and mutual visibility `[B, W, W]` of a window whose nodes hang on `parents [B, N]`."""
     batch, nodes = parents.shape
     width = nodes + 1
@@ -54,7 +54,7 @@ def tree_shape(parents: Array) -> dict[str, Array]:
     at = jnp.broadcast_to(jnp.arange(width), (batch, width))
     start = (at, jnp.zeros((batch, width, width), bool), jnp.zeros((batch, width), jnp.int32))
     (_, seen, depth), _ = jax.lax.scan(climb, start, length=width)
-    return {"depth": depth, "visible": seen | (jnp.arange(width) == 0)}
+    return depth, seen | (jnp.arange(width) == 0)
 
 
 def compact(cache: Cache, start: Array, path: Array) -> Cache:

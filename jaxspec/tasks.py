@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from sklearn.cluster import KMeans
@@ -26,7 +27,8 @@ def cluster(features: np.ndarray, numbers: Iterable[int], *, seed: int) -> tuple
         numbers: candidates; one alone is taken as it is, without a silhouette.
     """
     numbers = list(numbers)
-    fits = {k: KMeans(k, n_init=4, random_state=seed).fit(features) for k in numbers}
+    settings: dict[str, Any] = {"n_init": 4, "random_state": seed}
+    fits = {k: KMeans(k, **settings).fit(features) for k in numbers}
     if len(numbers) == 1:
         return fits[numbers[0]].cluster_centers_, {}
     size = min(SAMPLE, len(features))
@@ -76,6 +78,6 @@ def top_terms(texts: Sequence[str], task: np.ndarray, tasks: int, number: int = 
     """The words that set each cluster's cleaned texts apart: highest TF-IDF of the cluster as one document."""
     joined = [" ".join(text for text, own in zip(texts, task, strict=True) if own == t) or "-" for t in range(tasks)]
     vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\S+")
-    weights = vectorizer.fit_transform(joined).toarray()
+    weights: Any = vectorizer.fit_transform(joined)
     words = vectorizer.get_feature_names_out()
-    return [[str(words[i]) for i in np.argsort(-own)[:number] if own[i] > 0] for own in weights]
+    return [[str(words[i]) for i in np.argsort(-own)[:number] if own[i] > 0] for own in weights.toarray()]

@@ -312,7 +312,7 @@ class _Attention(nnx.Module):
         q = split(self.q(x, adapter.get("q")), config.num_heads)
         k = split(self.k(x, adapter.get("k")), config.num_kv_heads)
         v = split(self.v(x, adapter.get("v")), config.num_kv_heads)
-        if self.q_norm is not None:
+        if self.q_norm and self.k_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         frequencies = rope_frequencies(config.rope, config.head_dim)
         q, k = _rotate(q, positions, frequencies), _rotate(k, positions, frequencies)

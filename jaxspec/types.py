@@ -191,10 +191,14 @@ class SpecInfo(NamedTuple):
 
 
 class Speculator(NamedTuple):
-    """init: (params, prompt, slots, sampling) -> (state, features `[B, P, H]`); step: (params, state) -> (state, info)."""
+    """A composed way of decoding.
+
+    init: (params, prompt: Prompt, target state, sampling, slots) -> state, nothing emitted yet.
+    step: (params, state) -> (state, info).
+    """
 
     num_nodes: int
-    init: Callable[..., tuple[SpecState, Array]]
+    init: Callable[..., SpecState]
     step: Callable[[SpecParams, SpecState], tuple[SpecState, SpecInfo]]
 
 

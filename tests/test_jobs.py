@@ -92,7 +92,7 @@ def test_records_do_not_depend_on_the_batch(jobs, tmp_path, settings):
 def test_explain_prints_programs_shapes_and_seconds(jobs, tmp_path, capsys):
     call(*jobs[0], "--output", tmp_path / "out.jsonl", "--explain")
     said = capsys.readouterr().out
-    assert re.search(r"^\d programs for 3 slots of \d+ tokens:$", said, re.M)
+    assert re.search(r"^[45] programs for 3 slots of \d+ tokens:$", said, re.M)
     for name, shape in (("prefill", "1 x 32"), ("admit", "1 x 32"), ("chunk", r"3 x \d+")):
         assert re.search(rf"^  {name} +{shape} tokens +\d+\.\d\d s$", said, re.M)
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +81,9 @@ class Pretrain:
 class Packed(NamedTuple):
     """Whole documents side by side: tokens, their document, and the loss weight of each token's successor, `[R, T]`."""
 
-    tokens: np.ndarray
-    segments: np.ndarray
-    weights: np.ndarray
+    tokens: Any
+    segments: Any
+    weights: Any
 
 
 def run(config: Pretrain) -> None:

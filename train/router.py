@@ -7,6 +7,7 @@ It is fit on the train split and judged on the calibrate split; it sees prompts 
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import router
@@ -38,7 +39,7 @@ def run(experiment: Experiment) -> None:
         seed=experiment.seed,
     )
     judged = split == 1
-    route = router.choose(np.asarray(router.probabilities(params, features[judged])), spec.fallback_below)
+    route = router.choose(np.asarray(router.probabilities(params, jnp.asarray(features[judged]))), spec.fallback_below)
     informed = float(np.mean(route == partition["informed"][judged]))
     accuracy, fallback = float(np.mean(route == task[judged])), float(np.mean(route == router.BASE))
     write_tree(stage.folder / "router.safetensors", params)

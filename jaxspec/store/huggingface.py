@@ -318,7 +318,7 @@ def _placed(stored, shape: tuple[int, ...], transpose: bool, dtype, sharding) ->
         return jnp.asarray(part(whole))
     known = cache(lambda bounds: part(tuple(slice(*own) for own in bounds)))
     return jax.make_array_from_callback(
-        shape, sharding, lambda index: known(tuple(own.indices(size)[:2] for own, size in zip(index, shape)))
+        shape, sharding, lambda index: known(tuple(own.indices(size)[:2] for own, size in zip(index or (), shape)))
     )
 
 

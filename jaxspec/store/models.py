@@ -54,7 +54,7 @@ def read_pair(target: str, draft: str, dtype: str, mesh: Mesh | None = None) -> 
     tokenizer, other = read_tokenizer(target), read_tokenizer(draft)
     check_same_tokenizer(tokenizer, other, target, draft)
     kind = jnp.dtype(dtype)
-    models = (_read(path, kind, mesh, part) for path, part in ((target, "target"), (draft, "drafter")))
+    models = _read(target, kind, mesh, "target"), _read(draft, kind, mesh, "drafter")
     return Pair(*models, tokenizer, fingerprint(tokenizer))
 
 
