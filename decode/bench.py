@@ -24,10 +24,10 @@ from decode.figures import Ask, Result, cluster_figures, figures, router_figures
 from jaxspec import serving
 from jaxspec.config import UserError, command_line
 from jaxspec.engine import Engine, Method
-from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
+from jaxspec.requests import Request, bucket_of, room_of
 from jaxspec.router import BASE
 from jaxspec.store.models import encode
-from jaxspec.store.pool import TEST, Pool, load_pool
+from jaxspec.store.pool import TEST, Pool, draft_length, load_pool
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import write_json
 
@@ -89,7 +89,7 @@ def run(config: Bench) -> None:
     pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype)
     asks = _asks(config, pool)
     batches = list(_batches(asks, config))
-    k = config.num_speculative_tokens or pool.facts["num_speculative_tokens"]
+    k = draft_length(pool.facts, config.num_speculative_tokens, least=1)
     rule = config.acceptance if config.temperature > 0 else "greedy"
     shape = _shape(config, asks)
     spec = serving.speculative(pool, k, rule, **shape)
@@ -178,8 +178,6 @@ def _check(config: Bench) -> None:
     for name in config.methods:
         if name not in METHODS:
             raise UserError(f"--methods {name}: no such method; choose among {', '.join(METHODS)}")
-    if config.num_speculative_tokens is not None and not 1 <= config.num_speculative_tokens <= MAX_DRAFT:
-        raise UserError(f"--num-speculative-tokens {config.num_speculative_tokens} must lie between 1 and {MAX_DRAFT}")
     if config.json and not Path(config.json).absolute().parent.is_dir():
         raise UserError(f"--json {config.json}: its folder does not exist; make it first")
 

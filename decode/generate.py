@@ -8,7 +8,6 @@ code is 2.
 """
 
 import json
-import math
 import os
 import signal
 import sys
@@ -26,30 +25,17 @@ from jaxspec import recording, serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.engine import Engine
 from jaxspec.plan import GIB, Load, device_memory, fit, table
-from jaxspec.requests import MAX_DRAFT, Request
+from jaxspec.requests import MAX_DRAFT, SETTINGS, Request, checked
 from jaxspec.store.huggingface import read_config
 from jaxspec.store.models import encode
 from jaxspec.store.parts import merge, own_rows, part_file, unfinished
-from jaxspec.store.pool import Pool, find_pool, load_pool
+from jaxspec.store.pool import Pool, draft_length, find_pool, load_pool
 from jaxspec.store.prompts import Fault, Line, read_lines
 from jaxspec.text import Ask, Completion, drafter_named, room_for, serve
 from jaxspec.types import ONE_DEVICE
 
-# What a line's numbers may be: their types, whether a value holds, and how a person says it.
-RULES = {
-    "max_new_tokens": ((int,), lambda x: x >= 1, "a whole number from 1"),
-    "temperature": ((int, float), lambda x: 0 <= x < math.inf, "a number from 0"),
-    "top_k": ((int, type(None)), lambda x: x is None or x >= 1, "a whole number from 1"),
-    "top_p": ((int, float, type(None)), lambda x: x is None or 0 < x <= 1, "a number above 0 and up to 1"),
-    "seed": ((int,), lambda x: 0 <= x < 2**31, "a whole number from 0 to 2147483647"),
-    "num_speculative_tokens": (
-        (int, type(None)),
-        lambda x: x is None or 0 <= x <= MAX_DRAFT,
-        f"a whole number from 0, which drafts nothing, to {MAX_DRAFT}",
-    ),
-}
 UNSAID = ("index", "num_accepted_tokens_per_pos")
-SETTINGS = (*RULES, "stop", "drafter")
+KEYS = (*SETTINGS, "stop", "drafter")
 ROUNDS = 32  # between two looks at stop strings and at a notice of preemption
 SYNC = 1.0  # seconds of records that a power cut may cost
 
@@ -83,7 +69,7 @@ class Generate:
     seed: int = 0
     """Seed of sampling."""
     num_speculative_tokens: int | None = None
-    """Tokens drafted a round; None is what calibration chose."""
+    """Tokens drafted a round, 0 for none; None is what calibration chose."""
     logprobs: bool = False
     """Record the target's log probability of each token: as it is, and after the sampling settings."""
     explain: bool = False
@@ -106,10 +92,6 @@ class Generate:
 
 def run(config: Generate) -> None:
     """Appends the records that the output lacks."""
-    if (config.num_speculative_tokens or 1) > MAX_DRAFT:
-        raise UserError(
-            f"--num-speculative-tokens {config.num_speculative_tokens} is too large; give at most {MAX_DRAFT}"
-        )
     process, processes = _place_in_job(config)
     lines = read_lines(config.input)
     own = own_rows(len(lines), process, processes)
@@ -169,7 +151,7 @@ def _pool(config: Generate, lines: Sequence[Line | Fault], mesh: jax.sharding.Me
         batch=config.batch,
         prompt_tokens=facts["max_prompt_tokens"],
         max_new_tokens=config.max_new_tokens,
-        num_speculative_tokens=config.num_speculative_tokens or facts["num_speculative_tokens"],
+        num_speculative_tokens=draft_length(facts, config.num_speculative_tokens),
         dtype=config.dtype or facts["dtype"],
         tasks=len(facts["tasks"]),
         rank=facts["rank"],
@@ -257,7 +239,7 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
     config, pool, (room, kind) = job.config, job.pool, job.room
     engine = serving.speculative(
         pool,
-        config.num_speculative_tokens or pool.facts["num_speculative_tokens"],
+        draft_length(pool.facts, config.num_speculative_tokens),
         "greedy" if kind == "greedy" else config.acceptance,
         slots=config.batch,
         room=room,
@@ -323,20 +305,21 @@ def _ask(config: Generate, pool: Pool, number: int, line: Line | Fault) -> Ask |
     """The line's request, or why it cannot be answered."""
     if isinstance(line, Fault):
         return line.reason
-    unknown = line.settings.keys() - {*SETTINGS, "cluster"}
+    unknown = line.settings.keys() - {*KEYS, "cluster"}
     if unknown:
-        raise UserError(f"{line.source}: unknown key {sorted(unknown)[0]!r}; a line may have {', '.join(SETTINGS)}")
-    own = {name: _setting(config, line, name) for name in RULES}
-    most = own.pop("num_speculative_tokens")
-    own["draft_limit"] = MAX_DRAFT if most is None else most
+        raise UserError(f"{line.source}: unknown key {sorted(unknown)[0]!r}; a line may have {', '.join(KEYS)}")
+    own = {name: getattr(config, name) if line.settings.get(name) is None else line.settings[name] for name in SETTINGS}
+    try:
+        own = {name: checked(name, value) for name, value in own.items()}
+        most = own.pop("num_speculative_tokens")
+        own["draft_limit"] = MAX_DRAFT if most is None else most
+        own["route"] = drafter_named(pool, line.settings.get("drafter"))
+    except UserError as error:
+        raise UserError(f"{line.source}: {error}") from error
     stops = line.settings.get("stop") or []
     stops = stops if isinstance(stops, list) else [stops]
     if not all(isinstance(stop, str) for stop in stops):
         raise UserError(f"{line.source}: stop {line.settings['stop']!r} will not do; give a text or a list of texts")
-    try:
-        own["route"] = drafter_named(pool, line.settings.get("drafter"))
-    except UserError as error:
-        raise UserError(f"{line.source}: {error}") from error
     try:
         ids = encode(pool.pair.tokenizer, line)
     except UserError as error:
@@ -345,15 +328,6 @@ def _ask(config: Generate, pool: Pool, number: int, line: Line | Fault) -> Ask |
     if len(ids) > room:
         return f"prompt of {len(ids)} tokens is longer than {room}, the models' positions less max_new_tokens"
     return Ask(Request(ids=ids, number=number, **own), tuple(stops))
-
-
-def _setting(config: Generate, line: Line, name: str) -> Any:
-    """What the line says, or else the command."""
-    value = getattr(config, name) if line.settings.get(name) is None else line.settings[name]
-    kinds, holds, wanted = RULES[name]
-    if type(value) not in kinds or not holds(value):
-        raise UserError(f"{line.source}: {name} {value!r} will not do; give {wanted}")
-    return value
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
 from jaxspec.requests import Completion, Request, bucket_of, room_of
 from jaxspec.store.models import encode
-from jaxspec.store.pool import Pool, load_pool
+from jaxspec.store.pool import Pool, draft_length, load_pool
 from jaxspec.store.prompts import read_prompts
 from jaxspec.store.stages import write_json
 
@@ -76,7 +76,7 @@ def run(config: Throughput) -> None:
     """Prints a row a number of slots, and writes the JSON."""
     pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype)
     requests = _requests(config, pool)
-    k = config.num_speculative_tokens or pool.facts["num_speculative_tokens"]
+    k = draft_length(pool.facts, config.num_speculative_tokens, least=1)
     conditions = {
         "device": jax.devices()[0].device_kind,
         "dtype": config.dtype or pool.facts["dtype"],

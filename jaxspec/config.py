@@ -110,8 +110,8 @@ class Router:
 class Calibrate:
     """How the number of drafted tokens is chosen on this device."""
 
-    lengths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
-    """Numbers of drafted tokens to measure."""
+    lengths: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8)
+    """Numbers of drafted tokens to measure; 0 is autoregressive decoding."""
     prompts: int = 16
     """Calibrate prompts decoded with each."""
     passes: int = 2
@@ -196,15 +196,18 @@ def command_line(config_type: type[Config], run: Callable[[Config], None], argv:
         sys.exit(130)
 
 
+MAY_BE_ZERO = ("seed", "process", "lengths", "num_speculative_tokens")
+
+
 def check_numbers(config: Any, prefix: str = "--") -> None:
-    """Raises UserError for a negative number, a count of nothing, or no value where one is needed; a seed may be 0."""
+    """Raises UserError for a negative number, a count of nothing, or no value where one is needed."""
     for own in dataclasses.fields(config):
         value, flag = getattr(config, own.name), prefix + own.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
             check_numbers(value, f"{flag}.")
         if value == () and own.default not in ((), dataclasses.MISSING):
             raise UserError(f"{flag} is empty; give at least one value, for example {own.default[0]}")
-        least, most = (int(own.name not in ("seed", "process")), 2**31 - 1) if "int" in str(own.type) else (0, math.inf)
+        least, most = (int(own.name not in MAY_BE_ZERO), 2**31 - 1) if "int" in str(own.type) else (0, math.inf)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not isinstance(number, bool) and not least <= number <= most:
                 raise UserError(f"{flag} {number} is out of range; give a number from {least} to {most}")

@@ -3,6 +3,7 @@
 Shapes depend on slots, prompt bucket and draft length and on nothing else, so that few programs serve every prompt.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,12 +12,26 @@ import jax
 import numpy as np
 from jax import Array
 
+from jaxspec.config import UserError
 from jaxspec.metrics import Counts
 from jaxspec.sampling import row_key
 from jaxspec.types import Prompt, Sampling
 
 BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 MAX_DRAFT = 16  # slack in every buffer, so that programs of all draft lengths share one state
+# What a prompt's settings may be: their types, whether a value holds, and how a person says it.
+SETTINGS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
+    "max_new_tokens": ((int,), lambda x: x >= 1, "a whole number from 1"),
+    "temperature": ((int, float), lambda x: 0 <= x < math.inf, "a number from 0"),
+    "top_k": ((int, type(None)), lambda x: x is None or x >= 1, "a whole number from 1"),
+    "top_p": ((int, float, type(None)), lambda x: x is None or 0 < x <= 1, "a number above 0 and up to 1"),
+    "seed": ((int,), lambda x: 0 <= x < 2**31, "a whole number from 0 to 2147483647"),
+    "num_speculative_tokens": (
+        (int, type(None)),
+        lambda x: x is None or 0 <= x <= MAX_DRAFT,
+        f"a whole number from 0, which drafts nothing, to {MAX_DRAFT}",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +67,14 @@ class Completion(NamedTuple):
     confidence: float
     features: np.ndarray
     record: Any
+
+
+def checked(name: str, value: Any) -> Any:
+    """The value of one of `SETTINGS`, or a UserError that says what it may be."""
+    kinds, holds, wanted = SETTINGS[name]
+    if type(value) not in kinds or not holds(value):
+        raise UserError(f"{name} {value!r} will not do; give {wanted}")
+    return value
 
 
 def bucket_of(length: int, smallest: int = BUCKETS[0]) -> int:

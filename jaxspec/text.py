@@ -15,11 +15,11 @@ import numpy as np
 from jaxspec import recording, serving
 from jaxspec.config import UserError
 from jaxspec.engine import FOREVER, Engine, Method
-from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
+from jaxspec.requests import SETTINGS, Request, bucket_of, checked, room_of
 from jaxspec.requests import Completion as Row
 from jaxspec.router import BASE
 from jaxspec.store.models import encode
-from jaxspec.store.pool import Pool
+from jaxspec.store.pool import Pool, draft_length
 from jaxspec.store.prompts import Line
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -79,7 +79,7 @@ def generate(pool: Pool, prompts: Iterable[Prompt], **settings: Any) -> Iterator
             `acceptance="rejection"` or `"gumbel"`, the rule above temperature 0; `logprobs=False`.
 
     Raises:
-        UserError: an empty prompt, one longer than the models' positions allow, an unknown drafter.
+        UserError: an empty prompt, one longer than the models' positions allow, an unknown drafter, a setting out of range.
     """
     ready: dict[int, Completion] = {}
     following = 0
@@ -199,15 +199,17 @@ def _pieces(
 ) -> Iterator[Piece]:
     """`serve` for prompts of one setting."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    own = {"max_new_tokens": max_new_tokens, "route": drafter_named(pool, drafter), **settings}
+    unknown = settings.keys() - SETTINGS.keys()
+    if unknown:
+        raise UserError(f"unknown setting {min(unknown)!r}; see the documentation of jaxspec.generate")
+    own = {name: checked(name, value) for name, value in {"max_new_tokens": max_new_tokens, **settings}.items()}
+    own["route"] = drafter_named(pool, drafter)
     asks = [
         Ask(Request(ids=_ids(pool, number, prompt, max_new_tokens), number=number, **own), stops)
         for number, prompt in enumerate(prompts)
     ]
     requests = [ask.request for ask in asks]
-    k = num_speculative_tokens or pool.facts["num_speculative_tokens"]
-    if k > MAX_DRAFT:
-        raise UserError(f"num_speculative_tokens {k} is too large; give at most {MAX_DRAFT}")
+    k = draft_length(pool.facts, num_speculative_tokens)
     engine = engine_of(pool, k, rule_for(requests, acceptance), batch, room_for(requests), logprobs)
     return serve(pool, engine, serving.routed(pool, batch), asks, rounds=rounds)
 

@@ -195,11 +195,12 @@ def test_a_log_that_is_not_there(refused, preset, tmp_path, argv, parts):
         ("trace", ["--trace.temperature", "nan"], ["--trace.temperature nan", "from 0"]),
         ("trace", ["--trace.max-prompt-tokens", "149"], ["149", "12", "160 positions", "lower"]),
         ("trace", ["--trace.num-speculative-tokens", "17"], ["num_speculative_tokens 17", "at most 16"]),
+        ("trace", ["--trace.num-speculative-tokens", "0"], ["num_speculative_tokens 0", "at least 1"]),
         ("trace", ["--trace.top-logits", "401"], ["top_logits 401", "at most 400"]),
         ("trace", ["--target", ""], ["--target is missing", "give a"]),
         ("trace", ["--out", ""], ["--out is missing", "--out runs/mine"]),
         ("align", ["--align.learning-rates"], ["--align.learning-rates is empty", "at least one"]),
-        ("calibrate", ["--calibrate.lengths", "2", "17"], ["(2, 17)", "between 1 and 16"]),
+        ("calibrate", ["--calibrate.lengths", "2", "17"], ["(2, 17)", "between 0 and 16"]),
         ("calibrate", ["--calibrate.lengths"], ["--calibrate.lengths is empty", "at least one"]),
         ("partition", ["--partition.num-clusters", "49"], ["num_clusters 49", "the 48 prompts", "lower it"]),
         (
@@ -443,7 +444,7 @@ def test_an_output_of_another_input(refused, pool, in_memory, tmp_path):
     ("argv", "parts"),
     [
         (["--output", "nowhere/out.jsonl"], ["nowhere/out.jsonl", "make it first"]),
-        (["--num-speculative-tokens", "17"], ["--num-speculative-tokens 17", "at most 16"]),
+        (["--num-speculative-tokens", "17"], ["num_speculative_tokens 17", "to 16"]),
         (["--batch", "0"], ["--batch 0", "from 1"]),
         (["--input", "nowhere"], ["'nowhere'", "give a .jsonl"]),
         (["--pool", "nowhere"], ["'nowhere' is not a pool", "python -m train"]),
@@ -486,7 +487,8 @@ def test_a_damaged_pool_is_named(refused, out_with, file):
     ("argv", "parts"),
     [
         (["--methods", "base", "ngram"], ["--methods ngram", "choose among", "oracle"]),
-        (["--num-speculative-tokens", "17"], ["--num-speculative-tokens 17", "between 1 and 16"]),
+        (["--num-speculative-tokens", "17"], ["num_speculative_tokens 17", "to 16"]),
+        (["--num-speculative-tokens", "0"], ["num_speculative_tokens 0", "between 1 and 16"]),
         (["--json", "nowhere/bench.json"], ["nowhere/bench.json", "make it first"]),
         (["--widths", "1", "0"], ["--widths 0", "from 1"]),
     ],

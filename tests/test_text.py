@@ -88,7 +88,11 @@ SHAPE = {"room": text.room_of(32, 32)}
         (["stir", [{"role": "user", "content": ""}]], {}, ["prompt 1 is empty"]),
         (["bake " * 150], {"max_new_tokens": 20}, ["prompt 0 has", "140 is the most", "lower max_new_tokens"]),
         (["stir"], {"drafter": "fishing"}, ["no drafter 'fishing'", "it has base"]),
-        (["stir"], {"num_speculative_tokens": 17}, ["num_speculative_tokens 17", "at most 16"]),
+        (["stir"], {"num_speculative_tokens": 17}, ["num_speculative_tokens 17", "to 16"]),
+        (["stir"], {"temperature": -0.5}, ["temperature -0.5", "from 0"]),
+        (["stir"], {"top_p": 1.5}, ["top_p 1.5", "up to 1"]),
+        (["stir"], {"max_new_tokens": 0}, ["max_new_tokens 0", "from 1"]),
+        (["stir"], {"tempperature": 1.0}, ["unknown setting 'tempperature'"]),
         ([[{"role": "system", "content": "x"}]], {}, ["prompt 0", "(no system)"]),
     ],
 )

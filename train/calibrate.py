@@ -3,7 +3,7 @@
     python -m train.calibrate --config configs/testbed.py --out runs/testbed ...
 
 The calibrate split is decoded, routed, greedily and one prompt at a time, with each number of drafted tokens; passes
-interleave, and the number with the most tokens per second is the pool's.
+interleave, and the number with the most tokens per second is the pool's; it is 0 where speculation does not pay.
 """
 
 import json
@@ -30,8 +30,9 @@ def run(experiment: Experiment) -> None:
     stage = open_stage(experiment.out, "pool", config=config, parents=parents)
     if stage.complete:
         return print(f"calibrate: pool complete in {stage.folder}")
-    if max(experiment.calibrate.lengths) > MAX_DRAFT or min(experiment.calibrate.lengths) < 1:
-        raise UserError(f"calibrate.lengths {experiment.calibrate.lengths} must lie between 1 and {MAX_DRAFT}")
+    lengths = experiment.calibrate.lengths
+    if max(lengths) > MAX_DRAFT or min(lengths) < 0 or max(lengths) == 0:
+        raise UserError(f"calibrate.lengths {lengths} must lie between 0 and {MAX_DRAFT}, one of them above 0")
     check_models(experiment.out, target=experiment.target, draft=experiment.draft)
     traces = read_traces(experiment.out)
     partition = read_arrays(Path(experiment.out, "partition", "partition.npz"))
@@ -41,9 +42,8 @@ def run(experiment: Experiment) -> None:
     best = max(table, key=lambda k: table[k]["tokens_per_second"])
     finish(stage, **facts, calibration=table, num_speculative_tokens=best)
     for k, row in table.items():
-        print(
-            f"calibrate: K = {k}: {row['tokens_per_second']:.1f} tokens/s, draft accuracy {row['draft_accuracy']:.3f}"
-        )
+        accuracy = f", draft accuracy {row['draft_accuracy']:.3f}" if k else ", nothing drafted"
+        print(f"calibrate: K = {k}: {row['tokens_per_second']:.1f} tokens/s{accuracy}")
     print(f"calibrate: K = {best}; pool in {stage.folder}")
 
 

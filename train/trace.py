@@ -81,8 +81,8 @@ def _check(spec: Trace, pair: Pair) -> None:
         )
     most = {"num_speculative_tokens": MAX_DRAFT, "top_logits": pair.vocab_size}
     for name, limit in most.items():
-        if getattr(spec, name) > limit:
-            raise UserError(f"trace.{name} {getattr(spec, name)} is too large; give at most {limit}")
+        if not 1 <= getattr(spec, name) <= limit:
+            raise UserError(f"trace.{name} {getattr(spec, name)} will not do; give at least 1 and at most {limit}")
 
 
 def _fitting(experiment: Experiment, pair: Pair, lines: Sequence[Line]):

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxspec import router, sharding
 from jaxspec.adapters import Bank, init_bank, merge
 from jaxspec.config import UserError
+from jaxspec.requests import MAX_DRAFT, checked
 from jaxspec.router import RouterParams
 from jaxspec.store.models import Pair, read_pair
 from jaxspec.store.stages import MANIFEST, read_json
@@ -75,6 +76,20 @@ def find_pool(path: str) -> tuple[Path, dict, str]:
     if manifest.get("stage") != "pool":
         raise UserError(f"{path!r} holds the stage {manifest.get('stage')!r}, not a pool; give OUT/pool")
     return folder, manifest["results"], manifest["digest"]
+
+
+def draft_length(facts: dict, asked: int | None = None, least: int = 0) -> int:
+    """Tokens to draft a round: as asked, or else the number, from `least` on, that calibration found fastest.
+
+    Raises:
+        UserError: the number asked for is not between `least` and MAX_DRAFT.
+    """
+    if asked is None:
+        table = {int(k): row for k, row in facts["calibration"].items() if int(k) >= least}
+        return max(table, key=lambda k: table[k]["tokens_per_second"])
+    if checked("num_speculative_tokens", asked) < least:
+        raise UserError(f"num_speculative_tokens {asked} must lie between {least} and {MAX_DRAFT}")
+    return asked
 
 
 def known_pool(
