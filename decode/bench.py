@@ -12,7 +12,7 @@ import statistics
 import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,8 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from decode.figures import Ask, Result, cluster_figures, figures, router_figures
-from jaxspec import serving
-from jaxspec.config import UserError, command_line
+from jaxspec import serving, sharding
+from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.engine import Engine, Method
 from jaxspec.requests import Request, bucket_of, room_of
 from jaxspec.router import BASE
@@ -81,12 +81,16 @@ class Bench:
     """Another place of the pool's target."""
     draft: str = ""
     """Another place of the pool's base drafter."""
+    mesh: Mesh = field(default_factory=Mesh)
+    """The devices that decode; the slots divide over `data`."""
 
 
 def run(config: Bench) -> None:
     """Prints the table and writes the JSON."""
     _check(config)
-    pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype)
+    mesh = sharding.asked(config.mesh)
+    sharding.check_rows(config.batch, mesh, "--batch")
+    pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype, mesh=mesh)
     asks = _asks(config, pool)
     batches = list(_batches(asks, config))
     k = draft_length(pool.facts, config.num_speculative_tokens, least=1)

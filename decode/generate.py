@@ -28,12 +28,12 @@ from jaxspec.plan import GIB, Load, device_memory, fit, table
 from jaxspec.requests import MAX_DRAFT, SETTINGS, Request, checked
 from jaxspec.store.huggingface import read_config
 from jaxspec.store.models import encode
-from jaxspec.store.parts import merge, own_rows, part_file, unfinished
+from jaxspec.store.parts import merge, own_rows, part_file, same_job, unfinished
 from jaxspec.store.pool import Pool, draft_length, find_pool, load_pool
 from jaxspec.store.prompts import Fault, Line, read_lines
 from jaxspec.text import Ask, Completion, drafter_named, room_for, serve
-from jaxspec.types import ONE_DEVICE
 
+SAME = ("order", *SETTINGS, "acceptance", "logprobs", "dtype")  # what a job that goes on must not change
 UNSAID = ("index", "num_accepted_tokens_per_pos")
 KEYS = (*SETTINGS, "stop", "drafter")
 ROUNDS = 32  # between two looks at stop strings and at a notice of preemption
@@ -97,11 +97,12 @@ def run(config: Generate) -> None:
     own = own_rows(len(lines), process, processes)
     output = part_file(Path(config.output), process, processes)
     answered = _resume(config, output, lines[own.start : own.stop])
-    mesh = _mesh(config, processes)
+    same_job(output, {name: getattr(config, name) for name in SAME} | {"pool": find_pool(config.pool)[2]})
+    mesh = sharding.asked(config.mesh, jax.local_devices() if processes > 1 else None)
     pool = _pool(config, lines, mesh)
     asks = [_ask(config, pool, number, line) for number, line in enumerate(lines)]
     with open(output, "ab") as out, preemptible() as preempted:
-        job = _Job(config, pool, mesh, lines[own.start : own.stop], asks[own.start : own.stop], _room(asks))
+        job = _Job(config, pool, lines[own.start : own.stop], asks[own.start : own.stop], _room(asks))
         done = _write(out, _records(job, answered), len(own), len(answered), preempted)
     if done < len(own):
         said = f"preempted: {done} of {len(own)} prompts answered; run the same command again to go on"
@@ -122,7 +123,6 @@ class _Job(NamedTuple):
 
     config: Generate
     pool: Pool
-    mesh: jax.sharding.Mesh | None
     lines: Sequence[Line | Fault]
     asks: Sequence[Ask | str]
     room: tuple[int, str]
@@ -135,12 +135,6 @@ def _place_in_job(config: Generate) -> tuple[int, int]:
     if not 0 <= config.process < config.processes:
         raise UserError(f"--process {config.process} is out of range; give a number from 0 to {config.processes - 1}")
     return config.process, config.processes
-
-
-def _mesh(config: Generate, processes: int) -> jax.sharding.Mesh | None:
-    """The mesh of this process's devices; None where one device does."""
-    sizes = config.mesh.data, config.mesh.model
-    return None if sizes == (1, 1) else sharding.make_mesh(*sizes, jax.local_devices() if processes > 1 else None)
 
 
 def _pool(config: Generate, lines: Sequence[Line | Fault], mesh: jax.sharding.Mesh | None) -> Pool:
@@ -245,7 +239,6 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
         room=room,
         admit_rows=config.admit_rows,
         recorder=recording.logprobs(room) if config.logprobs else recording.NOTHING,
-        placement=ONE_DEVICE if job.mesh is None else sharding.over(job.mesh),
     )
     method = serving.routed(pool, config.batch)
     asks = [ask for i in todo if isinstance(ask := job.asks[i], Ask)]

@@ -13,7 +13,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ import jax
 from tqdm import tqdm
 
 from decode.differences import first_difference
-from jaxspec import serving
-from jaxspec.config import command_line
+from jaxspec import serving, sharding
+from jaxspec.config import Mesh, command_line
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
 from jaxspec.requests import Completion, Request, bucket_of, room_of
@@ -68,13 +68,18 @@ class Throughput:
     """Another place of the pool's target."""
     draft: str = ""
     """Another place of the pool's base drafter."""
+    mesh: Mesh = field(default_factory=Mesh)
+    """The devices that decode; the slots divide over `data`."""
     json: str = ""
     """File for the results."""
 
 
 def run(config: Throughput) -> None:
     """Prints a row a number of slots, and writes the JSON."""
-    pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype)
+    mesh = sharding.asked(config.mesh)
+    for slots in config.slots:
+        sharding.check_rows(slots, mesh, "--slots")
+    pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype, mesh=mesh)
     requests = _requests(config, pool)
     k = draft_length(pool.facts, config.num_speculative_tokens, least=1)
     conditions = {

@@ -11,6 +11,7 @@ from jaxspec import router, verify
 from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
+from jaxspec.sharding import over
 from jaxspec.store.pool import Pool
 from jaxspec.target import lm_target
 from jaxspec.transformer import NARROW, lay_out
@@ -94,7 +95,7 @@ def _engine(pool: Pool, drafter: Drafter, rule: str, **shape: Any) -> Engine:
     target = lm_target(pair.target.config, _dtype(pool))
     known = {"stop_tokens": pair.stop_tokens, "vocab_size": pair.vocab_size, "prefill_params": pair.target.params}
     params = _target_params(pool, shape["slots"])
-    return Engine(target, drafter, verify.RULES[rule], params, **known, **shape)
+    return Engine(target, drafter, verify.RULES[rule], params, placement=over(pool.mesh), **known, **shape)
 
 
 def _dtype(pool: Pool):

@@ -12,9 +12,10 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxspec import config
 from jaxspec.config import UserError
 from jaxspec.transformer import Cache, LMConfig
-from jaxspec.types import Placement, SpecParams, SpecState
+from jaxspec.types import ONE_DEVICE, Placement, SpecParams, SpecState
 
 NAMES = ("data", "model")
 # Logical axis -> mesh axis, for each part. A layout is changed here and nowhere else.
@@ -85,9 +86,14 @@ def check(config: LMConfig, mesh: Mesh | AbstractMesh, batch: int | None = None,
         check_rows(batch, mesh)
 
 
-def check_rows(number: int, mesh: Mesh | AbstractMesh, name: str = "a batch") -> None:
+def asked(sizes: config.Mesh, devices: list | None = None) -> Mesh | None:
+    """The mesh that a config asks for; None where one device does."""
+    return None if (sizes.data, sizes.model) == (1, 1) else make_mesh(sizes.data, sizes.model, devices)
+
+
+def check_rows(number: int, mesh: Mesh | AbstractMesh | None, name: str = "a batch") -> None:
     """Raises UserError, naming the nearest numbers that work, for rows that the mesh does not divide."""
-    parts = num_row_parts(mesh)
+    parts = num_row_parts(mesh) if mesh else 1
     if number % parts:
         near = sorted({max(parts, number // parts * parts), -(-number // parts) * parts})
         raise UserError(
@@ -153,8 +159,10 @@ def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree, shardings(specs, mesh))
 
 
-def over(mesh: Mesh) -> Placement:
-    """Rows over `data`, the target over `model`; rows that do not divide are whole on every device."""
+def over(mesh: Mesh | None) -> Placement:
+    """Rows over `data`, the target over `model`; rows that do not divide are whole on every device. None: one device."""
+    if mesh is None:
+        return ONE_DEVICE
 
     def params(own: SpecParams) -> SpecParams:
         return place(own, SpecParams(param_specs(own.target), param_specs(own.drafter, "drafter")), mesh)

@@ -110,6 +110,29 @@ def test_wherever_a_job_was_cut_off_it_ends_the_same(jobs, order, share, tmp_pat
     assert_same(order, output, whole)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("--seed", "5"), "seed 0, now it is 5"),
+        (("--temperature", "0.25"), "temperature 0.0, now it is 0.25"),
+        (("--order", "completed"), "order 'input', now it is 'completed'"),
+        (("--logprobs", "True"), "logprobs False, now it is True"),
+    ],
+)
+def test_a_job_does_not_go_on_with_other_settings(jobs, change, said, tmp_path, capsys):
+    command, whole = jobs
+    output = tmp_path / "out.jsonl"
+    call(*command, "--output", output)
+    half = whole["input"][: len(whole["input"]) // 2]
+    output.write_bytes(half)
+    with pytest.raises(SystemExit) as end:
+        call(*command, "--output", output, *change)
+    assert end.value.code == 2 and said in capsys.readouterr().err
+    assert output.read_bytes() == half[: half.rfind(b"\n") + 1]
+    call(*command, "--output", output)
+    assert_same("input", output, whole)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_what_is_written_already_is_not_decoded_again(jobs, order, tmp_path, monkeypatch):
     command, whole = jobs

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from decode import bench
 from jaxspec import sharding
 from jaxspec.config import Mesh, UserError
+from jaxspec.store.traces import read_traces
 from jaxspec.transformer import abstract, empty_cache
 from tests import fleet
-from train import align
+from train import align, trace
 
 MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
 FAST = {("sampled", (4, 2)), ("base", (8, 1)), ("base", (2, 4)), ("base", (1, 8))}
@@ -72,6 +74,45 @@ def test_the_stage_trains_on_a_mesh_as_it_does_on_one_device(finished, out_with)
     assert [line["course"] for line in found] == [line["course"] for line in expected]
     for ours, theirs in zip(found, expected):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], atol=2e-4)  # written to four decimals
+
+
+@pytest.mark.slow
+def test_the_trace_of_a_mesh_has_the_texts_of_one_device(finished, tmp_path):
+    """Also where half of the texts are the log's own, which one forward pass reads."""
+    with open(tmp_path / "log.jsonl", "w") as log:
+        for name in sorted(Path(finished.prompts).iterdir()):
+            for number, line in enumerate(name.read_text().splitlines()[:8]):
+                own = json.loads(line) | ({"response": "hoist the sugar"} if number % 2 else {})
+                log.write(json.dumps(own) + "\n")
+    own = dataclasses.replace(finished, prompts=str(tmp_path / "log.jsonl"))
+    traces = []
+    for out, mesh in (("one", Mesh()), ("many", Mesh(data=4, model=2))):
+        trace.run(dataclasses.replace(own, out=str(tmp_path / out), mesh=mesh))
+        traces.append(read_traces(str(tmp_path / out)))
+    one, many = traces
+    for name in ("tokens", "prompt_length", "length"):
+        np.testing.assert_array_equal(getattr(many, name), getattr(one, name))
+    # Sums of at most 48 terms in another order, through two layers.
+    np.testing.assert_allclose(many.features["prompt"], one.features["prompt"], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_bench_on_a_mesh_accepts_what_one_device_accepts(finished, world, tmp_path):
+    said = []
+    for mesh in (Mesh(), Mesh(data=4, model=2)):
+        file = tmp_path / f"{mesh.data}.json"
+        bench.run(
+            bench.Bench(
+                pool=f"{finished.out}/pool", prompts=str(world.prompts), limit=4, batch=4, passes=1, max_new_tokens=8,
+                widths=(1,), num_speculative_tokens=2, smallest_bucket=64, json=str(file), mesh=mesh,
+                methods=("mixed", "routed"),
+            )
+        )  # fmt: skip
+        said.append(json.loads(file.read_text())["mean"])
+    for name in ("mixed", "routed"):
+        assert said[1][name]["equal_to_autoregressive"] == 1.0
+        for figure in ("tokens", "draft_accuracy", "acceptance_by_position"):
+            assert said[1][name][figure] == said[0][name][figure]
 
 
 def test_rows_that_a_mesh_does_not_divide_are_refused_before_training(finished, out_with):

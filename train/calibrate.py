@@ -2,8 +2,9 @@
 
     python -m train.calibrate --config configs/testbed.py --out runs/testbed ...
 
-The calibrate split is decoded, routed, greedily and one prompt at a time, with each number of drafted tokens; passes
-interleave, and the number with the most tokens per second is the pool's; it is 0 where speculation does not pay.
+The calibrate split is decoded, routed, greedily and one prompt at a time (on a mesh, one for each part of the rows),
+with each number of drafted tokens; passes interleave, and the number with the most tokens per second is the pool's. It
+is 0 where speculation does not pay.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from jaxspec import metrics, serving
+from jaxspec import metrics, serving, sharding
 from jaxspec.config import Experiment, UserError, command_line, plain
 from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
 from jaxspec.store.models import read_pair
@@ -100,7 +101,9 @@ def _assemble(experiment: Experiment, stage: Stage, traces: Traces, partition: d
 
 def _measure(experiment: Experiment, stage: Stage, facts: dict, traces: Traces, partition: dict) -> dict[int, dict]:
     spec = experiment.calibrate
-    pool = known_pool(stage.folder, facts, digest="not yet calibrated")
+    mesh = sharding.asked(experiment.mesh)
+    pool = known_pool(stage.folder, facts, digest="not yet calibrated", mesh=mesh)
+    slots = sharding.num_row_parts(mesh) if mesh else 1
     rows = _sample(experiment, traces, partition)
     requests = [
         Request(
@@ -111,8 +114,8 @@ def _measure(experiment: Experiment, stage: Stage, facts: dict, traces: Traces, 
         for i in rows
     ]
     room = room_of(bucket_of(max(len(r.ids) for r in requests)), spec.max_new_tokens)
-    engines = {k: serving.speculative(pool, k, slots=1, room=room) for k in spec.lengths}
-    method = serving.routed(pool, slots=1)
+    engines = {k: serving.speculative(pool, k, slots=slots, room=room) for k in spec.lengths}
+    method = serving.routed(pool, slots)
     seconds: dict[int, list[float]] = {k: [] for k in spec.lengths}
     counts: dict[int, list] = {}
     with tqdm(total=(spec.passes + 1) * len(engines), desc="calibrate", unit="pass") as bar:

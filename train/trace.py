@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxspec import verify
+from jaxspec import sharding, verify
 from jaxspec.config import Experiment, Trace, UserError, command_line, plain
 from jaxspec.drafters import lm_drafter
 from jaxspec.drafters.lm import LMDrafterParams
@@ -30,6 +30,7 @@ from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import Stage, digest_of, finish, open_stage, write_arrays, write_whole
 from jaxspec.target import lm_target
 from jaxspec.transformer import forward, unembed
+from jaxspec.types import Placement
 
 FEWEST = 10  # below that a tenth of the log is less than a prompt
 REFILLS = 4  # requests that a slot serves in one shard
@@ -39,7 +40,9 @@ ARRAYS = ("top_ids", "top_log_p", "tail_log_p", "draft")
 
 def run(experiment: Experiment) -> None:
     """Writes `out/trace`: `log.jsonl` and one `shard-*.npz` a batch."""
-    pair = read_pair(experiment.target, experiment.draft, experiment.dtype)
+    mesh = sharding.asked(experiment.mesh)
+    sharding.check_rows(experiment.trace.batch, mesh, "--trace.batch")
+    pair = read_pair(experiment.target, experiment.draft, experiment.dtype, mesh)
     lines = read_prompts(experiment.prompts, include=experiment.include, limit=experiment.limit, seed=experiment.seed)
     _check(experiment.trace, pair)
     stage = _open(experiment, pair, lines)
@@ -48,8 +51,8 @@ def run(experiment: Experiment) -> None:
     lines, requests, left_out = _fitting(experiment, pair, lines)
     write_whole(stage.folder / "log.jsonl", partial(_write_log, lines=lines))
     jobs = _jobs(experiment, pair, lines, requests)
-    decode = _decoding(experiment, pair)
-    read = _reading(experiment, pair)
+    decode = _decoding(experiment, pair, sharding.over(mesh))
+    read = _reading(experiment, pair, sharding.over(mesh))
     tokens = 0
     with tqdm(total=len(lines), desc="trace", unit="prompt") as bar:
         for number, (is_forced, rows) in enumerate(jobs):
@@ -130,7 +133,7 @@ def _response(pair: Pair, line: Line) -> list[int]:
     return [*ids, *pair.stop_tokens[:1]]
 
 
-def _decoding(experiment: Experiment, pair: Pair):
+def _decoding(experiment: Experiment, pair: Pair, placement: Placement):
     """requests -> arrays, by speculative decoding with the base drafter."""
     spec = experiment.trace
     dtype = jnp.dtype(experiment.dtype)
@@ -147,6 +150,7 @@ def _decoding(experiment: Experiment, pair: Pair):
         vocab_size=pair.vocab_size,
         smallest=spec.smallest_bucket,
         recorder=recorder,
+        placement=placement,
     )
     base = Method("base", unrouted, lambda routes: LMDrafterParams(pair.draft.params))
 
@@ -208,7 +212,7 @@ def top_and_tail(logits: jax.Array, top: int):
     return ids, kept, tail
 
 
-def _reading(experiment: Experiment, pair: Pair):
+def _reading(experiment: Experiment, pair: Pair, placement: Placement):
     """(requests, responses) -> arrays, by one teacher-forced pass of both models: the log's responses taken as output."""
     spec = experiment.trace
     target, draft = pair.target.config, pair.draft.config
@@ -233,7 +237,8 @@ def _reading(experiment: Experiment, pair: Pair):
         whole[: len(requests), :longest] = arrays["tokens"][:, :longest]
         pad = lambda x: np.pad(x, (0, spec.batch - len(requests)), constant_values=1)
         lengths = pad(arrays["prompt_length"]), pad(arrays["length"])
-        out = jax.device_get(score(pair.target.params, pair.draft.params, whole, *lengths, room))
+        rows = placement.rows((whole, *lengths))
+        out = jax.device_get(score(pair.target.params, pair.draft.params, *rows, room))
         ids, kept, tail, guess, prompt_features, summed = (x[: len(requests)] for x in out)
         arrays |= {"top_ids": ids, "top_log_p": kept, "tail_log_p": tail}
         arrays |= _simulate(guess, responses, spec.num_speculative_tokens)

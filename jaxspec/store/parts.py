@@ -2,8 +2,10 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from jaxspec.config import UserError
+from jaxspec.store.stages import read_json, write_json
 
 
 def own_rows(number: int, process: int, processes: int) -> range:
@@ -16,6 +18,24 @@ def part_file(output: Path, process: int, processes: int) -> Path:
     if processes == 1:
         return output
     return output.with_name(f"{output.stem}-{process:05}-of-{processes:05}{output.suffix}")
+
+
+def same_job(output: Path, settings: dict[str, Any]) -> None:
+    """Takes down beside an output what its records depend on; one that was begun otherwise is not gone on with.
+
+    Raises:
+        UserError: a setting differs from the one that the output was begun with.
+    """
+    notes = output.with_name(f"{output.name}.job")
+    if output.exists() and output.stat().st_size and notes.exists():
+        begun = read_json(notes)
+        other = next((name for name in settings if begun.get(name) != settings[name]), None)
+        if other is not None:
+            raise UserError(
+                f"{output} was begun with {other} {begun.get(other)!r}, now it is {settings[other]!r}; "
+                "go on with the same settings, or choose another --output"
+            )
+    write_json(notes, settings)
 
 
 def unfinished(output: Path, number: int, processes: int) -> list[int]:

@@ -32,7 +32,7 @@ class Pool:
     """Models and drafters in memory.
 
     bank: adapters of the base drafter, one a task; mixed: weights of the control; facts: what the manifest says of
-    tasks, labels, calibration and the log.
+    tasks, labels, calibration and the log; mesh: where all of it lives, None for the default device.
     """
 
     path: Path
@@ -42,6 +42,7 @@ class Pool:
     router: RouterParams
     facts: dict[str, Any]
     digest: str
+    mesh: Mesh | None = None
 
     @property
     def tasks(self) -> list[str]:
@@ -127,6 +128,7 @@ def known_pool(
         whole(read_tree(folder / ROUTER, shape)),
         facts,
         digest,
+        mesh,
     )
 
 
