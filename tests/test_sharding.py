@@ -90,8 +90,8 @@ def test_the_trace_of_a_mesh_has_the_texts_of_one_device(finished, tmp_path):
         trace.run(dataclasses.replace(own, out=str(tmp_path / out), mesh=mesh))
         traces.append(read_traces(str(tmp_path / out)))
     one, many = traces
-    for name in ("tokens", "prompt_length", "length"):
-        np.testing.assert_array_equal(getattr(many, name), getattr(one, name))
+    assert [own.tolist() for own in many.tokens] == [own.tolist() for own in one.tokens]
+    np.testing.assert_array_equal(many.accepted, one.accepted)
     # Sums of at most 48 terms in another order, through two layers.
     np.testing.assert_allclose(many.features["prompt"], one.features["prompt"], atol=1e-5)
 
