@@ -23,5 +23,5 @@ experiment = dataclasses.replace(
         learning_rates=(1e-3, 3e-3),
         full_learning_rates=(1e-4, 3e-4, 1e-3),
     ),
-    calibrate=Calibrate(prompts=16, lengths=(1, 2, 3, 4, 6, 8)),
+    calibrate=Calibrate(prompts=16, lengths=(0, 2, 4)),
 )

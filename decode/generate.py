@@ -141,15 +141,16 @@ def _pool(config: Generate, lines: Sequence[Line | Fault], mesh: jax.sharding.Me
     """The pool, once it is known that it fits."""
     _, facts, _ = find_pool(config.pool)
     target, draft = (read_config(getattr(config, name) or facts[name]["path"]) for name in ("target", "draft"))
+    dtype, tasks = config.dtype or facts["dtype"], len(facts["tasks"])
     load = Load(
         batch=config.batch,
         prompt_tokens=facts["max_prompt_tokens"],
         max_new_tokens=config.max_new_tokens,
         num_speculative_tokens=draft_length(facts, config.num_speculative_tokens),
-        dtype=config.dtype or facts["dtype"],
-        tasks=len(facts["tasks"]),
+        dtype=dtype,
+        tasks=tasks,
         rank=facts["rank"],
-        drafters=2 if config.batch > 1 else 2 + len(facts["tasks"]),
+        drafters=2 if config.batch > 1 and not serving.stacks(draft, tasks, dtype) else 3 + tasks,
         prefill_rows=-(-config.admit_rows // config.mesh.data) * config.mesh.data,  # rows that do not divide are whole
     )
     memory = device_memory() if config.mesh.memory is None else int(config.mesh.memory * GIB)

@@ -3,12 +3,14 @@
     python -m decode.throughput --pool runs/testbed/pool --prompts ../shared/data/eval --limit 16 --slots 1 4 16 64
 
 All prompts, of all tasks in turn, go through an engine of B slots; the clock runs from the first prompt's ids in host memory
-to the last token there, prefill and routing included. `one route` decodes with one specialist's merged weights, so that
-what a row of its round costs beside that of `routed`, whose rows have adapters of their own, is the price of mixing.
+to the last token there, prefill and routing included. `one route` decodes with one specialist's merged weights; what a round
+of all slots costs `routed`, whose rows have a drafter each, beside what it costs there, is the price of mixing. A round is
+timed by itself, because drafters that are right more often have fewer rounds to bear the prompts.
 Programs of different numbers of slots round differently: `parted` is the share of prompts whose routed text is not that of the
 first number of slots, with the widest gap between the two logits at a first difference, in steps of bfloat16.
 """
 
+import itertools
 import json
 import statistics
 from collections import defaultdict
@@ -32,6 +34,9 @@ from jaxspec.store.prompts import read_prompts
 from jaxspec.store.stages import write_json
 
 METHODS = ("autoregressive", "base", "one route", "routed")
+
+ROUNDS = 8  # rounds of a chunk whose time is taken
+FULL = 4  # times that the slots are filled for it
 
 Texts = dict[str, list[list[int]]]
 
@@ -94,7 +99,7 @@ def run(config: Throughput) -> None:
     print(
         "| slots | "
         + " | ".join(f"{name}, tokens/s" for name in METHODS)
-        + " | routed / autoregressive | a row's round, routed / one route | parted |"
+        + " | routed / autoregressive | a round, routed / one route | parted |"
     )
     print("|---:|" + "---:|" * (len(METHODS) + 3))
     rows, texts = [], {}
@@ -144,6 +149,8 @@ def _measure(config: Throughput, pool: Pool, requests: Sequence[Request], slots:
             texts[name] = [completion.ids for completion in completions]
     middle = lambda name, field: statistics.median(own[field] for own in timed[name])
     figures = {name: {field: middle(name, field) for field in timed[name][0]} for name in METHODS}
+    for name in METHODS:
+        figures[name]["microseconds_a_round"] = _round(engines[name], methods[name], requests)
     return {"slots": slots, **figures}, texts
 
 
@@ -173,18 +180,29 @@ def _figures(engine: Engine, completions: Sequence[Completion]) -> dict[str, flo
     rounds = sum(int(c.counts.num_drafts) for c in completions)
     return {
         "tokens_per_second": tokens / sum(engine.seconds),
-        "microseconds_a_row_round": 1e6 * engine.seconds.decode / rounds,
         "mean_acceptance_length": tokens / rounds,
         "share_of_prefill": (engine.seconds.prefill + engine.seconds.route) / sum(engine.seconds),
     }
 
 
+def _round(engine: Engine, method: Method, requests: Sequence[Request]) -> float | None:
+    """Microseconds of a round: the median over chunks that begin with all slots taken and do not end the last row."""
+    chunks: list[float] = []
+    for at in range(0, min(len(requests), FULL * engine.slots), engine.slots):
+        marks: list[float] = []
+        for _ in engine.stream(requests[at : at + engine.slots], method, rounds=ROUNDS):
+            if not marks or engine.seconds.decode > marks[-1]:
+                marks.append(engine.seconds.decode)
+        chunks += [end - begin for begin, end in itertools.pairwise(marks[:-1])]
+    return 1e6 * statistics.median(chunks) / ROUNDS if chunks else None
+
+
 def _print(row: dict[str, Any]) -> None:
     rate = lambda name: row[name]["tokens_per_second"]
-    cost = row["routed"]["microseconds_a_row_round"] / row["one route"]["microseconds_a_row_round"]
+    mixed, one = (row[name]["microseconds_a_round"] for name in ("routed", "one route"))
     cells = [f"{rate(name):.0f}" for name in METHODS]
     parted = row["parted"]["routed"]
-    cells += [f"{rate('routed') / rate('autoregressive'):.2f}", f"{cost:.2f}"]
+    cells += [f"{rate('routed') / rate('autoregressive'):.2f}", f"{mixed / one:.2f}" if mixed and one else "-"]
     cells += [f"{parted['share']:.3f}" + (f", {parted['widest_gap']:.1f} steps" if parted["share"] else "")]
     print(f"| {row['slots']} | " + " | ".join(cells) + " |", flush=True)
 

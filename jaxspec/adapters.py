@@ -1,20 +1,28 @@
-"""The LoRA bank: one low-rank update of the base drafter a task, stacked and gathered per row.
+"""The LoRA bank: one low-rank update of the base drafter a task, and two ways for rows to have each their own.
 
 A bank is a list over layers of {projection: (a `[tasks, in, r]`, b `[tasks, r, out]`)}; an adapter is the same with rows
-in place of tasks. The scale alpha / r is folded into b when a bank is made, so applying needs no constant.
+in place of tasks. The scale alpha / r is folded into b when a bank is made, so applying needs no constant. Small drafters on
+an accelerator are bound by launches, not by bytes: there the merged kernels of all tasks may stand side by side, one product
+serves every row, and the adapter is only the row's route.
 Source: LoRA, https://arxiv.org/abs/2106.09685.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+WINDOW = 17  # tokens of a row that are a window; a prompt has more
 PROJECTIONS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 
 Bank = list[dict[str, tuple[Array, Array]]]
-Adapter = list[dict[str, tuple[Array, Array]]]
+Adapter = list[dict[str, tuple[Array, Array]]] | Array
+
+
+class Stacked(NamedTuple):
+    """In place of a bank: the weights hold every task's kernels, see `stack`."""
 
 
 def init_bank(params: dict, key: Array, *, tasks: int, rank: int) -> Bank:
@@ -35,8 +43,10 @@ def scaled(bank: Bank, scale: float) -> Bank:
     return [{name: (a, b * scale) for name, (a, b) in layer.items()} for layer in bank]
 
 
-def select(bank: Bank, route: Array) -> Adapter:
+def select(bank: Bank | Stacked, route: Array) -> Adapter:
     """Rows' own adapters: `route [B]` picks each row's task; -1 is the base drafter, an update of zero."""
+    if isinstance(bank, Stacked):
+        return route
     served = (route >= 0)[:, None, None]
     pick = lambda stack: jnp.where(served, stack[jnp.maximum(route, 0)], 0).astype(stack.dtype)
     return jax.tree.map(pick, bank)
@@ -54,6 +64,42 @@ def merge(params: dict, bank: Bank, task: int) -> dict:
         dense["kernel"] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
         layers[layer][block][name] = dense
     return {**params, "layers": layers}
+
+
+def stack(params: dict, bank: Bank) -> dict:
+    """Parameters whose kernels are `[in, (tasks + 1) * out]`: each task's with its update merged, the base's last."""
+    tasks = bank[0]["q"][0].shape[0]
+    merged = [merge(params, bank, task) for task in (*range(tasks), -1)]
+    beside = lambda *kernels: jnp.concatenate(kernels, axis=1)
+    join = lambda path, *leaves: beside(*leaves) if path[-1].key == "kernel" else leaves[0]
+    layers = jax.tree.map_with_path(join, *(own["layers"] for own in merged))
+    return {**params, "layers": layers}
+
+
+def for_layer(adapter: Adapter | None, layer: int) -> dict:
+    """What each projection of a layer gets of an adapter: low-rank updates, or the rows' routes."""
+    if adapter is None:
+        return {}
+    if isinstance(adapter, list):
+        return adapter[layer]
+    return dict.fromkeys((name for names in PROJECTIONS.values() for name in names), adapter)
+
+
+def routed(x: Array, kernel: Array, route: Array, width_out: int) -> Array:
+    """Each row `[B, T, in]` by the kernel of its route among those in `kernel [in, (tasks + 1) * out]`.
+
+    A window is multiplied by all kernels, of which one product is kept: more bytes, no launch more. A prompt has its row's
+    kernel gathered.
+    """
+    tasks = kernel.shape[1] // width_out
+    own = route % tasks  # -1 is the last, the base's
+    if x.shape[1] > WINDOW:
+        return jnp.einsum("bti,ibo->bto", x, kernel.reshape(-1, tasks, width_out)[:, own])
+    every = (x @ kernel).reshape(*x.shape[:-1], tasks, width_out)
+    out = every[..., 0, :]
+    for task in range(1, tasks):  # selects melt into what reads the product; a gather would be a launch
+        out = jnp.where((own == task)[:, None, None], every[..., task, :], out)
+    return out
 
 
 def low_rank(x: Array, update: tuple[Array, Array]) -> Array:

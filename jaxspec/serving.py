@@ -8,16 +8,20 @@ import jax
 import numpy as np
 
 from jaxspec import router, verify
+from jaxspec.adapters import Stacked, stack
 from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.sharding import over
 from jaxspec.store.pool import Pool
 from jaxspec.target import lm_target
-from jaxspec.transformer import NARROW, lay_out
+from jaxspec.transformer import NARROW, LMConfig, abstract, lay_out
 from jaxspec.types import Drafter
 
 WIDE = 8  # columns of a window that is called wide
+STACK = (
+    1 << 28
+)  # bytes of all tasks' kernels up to which an accelerator reads them faster than it launches more products
 
 
 def speculative(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", **shape: Any) -> Engine:
@@ -73,9 +77,19 @@ def adapted(pool: Pool, slots: int) -> Callable[[np.ndarray], LMDrafterParams]:
 
     if slots == 1:
         return lambda routes: merged(int(routes[0]))
+    if stacks(pool.pair.draft.config, len(pool.tasks), _dtype(pool)):
+        side_by_side = LMDrafterParams(stack(pool.pair.draft.params, pool.bank), Stacked())
+        return lambda routes: side_by_side
     weights = laid(pool.pair.draft.params, slots)  # adapters are merged into plain kernels, so the layout comes last
     banked = LMDrafterParams(weights, jax.tree.map(lambda x: x.astype(_dtype(pool)), pool.bank))
     return lambda routes: banked
+
+
+def stacks(draft: LMConfig, tasks: int, dtype: Any) -> bool:
+    """Whether rows of many routes draft with all tasks' merged kernels side by side, not with adapters of their own."""
+    kernels = abstract(draft, dtype)["layers"]
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kernels))
+    return jax.default_backend() != "cpu" and (tasks + 1) * size <= STACK
 
 
 def laid(weights: dict, slots: int) -> dict:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxspec.adapters import Adapter, low_rank
+from jaxspec.adapters import Adapter, for_layer, low_rank, routed
 
 PIECE = 512  # longer prompts are read piece by piece, so that attention's workspace does not grow with them
 COLUMNS = 16  # of a block, see `lay_out`: of 16, 32, 64 and 128 the best for windows of 2 to 5 rows
@@ -289,10 +289,12 @@ class _Dense(nnx.Module):
         self.width_out = width_out
 
     def __call__(self, x: Array, update=None) -> Array:
-        y = _product(x, self.kernel[...], self.width_out)
+        low = isinstance(update, tuple)
+        kernel = self.kernel[...]
+        y = _product(x, kernel, self.width_out) if update is None or low else routed(x, kernel, update, self.width_out)
         if self.bias is not None:
             y = y + self.bias[...]
-        return y if update is None else y + low_rank(x, update)
+        return y + low_rank(x, update) if low else y
 
 
 class _Attention(nnx.Module):
@@ -366,7 +368,7 @@ class _Decoder(nnx.Module):
         keys, values = [], []
         for i, block in enumerate(self.layers):
             own = None if cache is None else (cache.keys[i], cache.values[i])
-            x, (k, v) = block(x, positions, key_positions, mask, own, start, adapter[i] if adapter else {})
+            x, (k, v) = block(x, positions, key_positions, mask, own, start, for_layer(adapter, i))
             keys.append(k)
             values.append(v)
         return self.norm(x), Cache(tuple(keys), tuple(values))

@@ -10,6 +10,7 @@ from decode import throughput
 from decode.bench import Bench, run
 from decode.throughput import Throughput
 from jaxspec import serving
+from jaxspec.adapters import Stacked
 from jaxspec.requests import Request
 from jaxspec.store.pool import load_pool
 from jaxspec.transformer import NARROW
@@ -81,6 +82,20 @@ def test_a_pool_laid_out_for_a_cpu_gives_the_same_texts_by_every_method(pool, mo
             yield [c.ids for c in engine.complete(requests, serving.always(own, "mixed", slots))]
 
     assert list(texts(8)) == list(texts(NARROW + 1))
+
+
+def test_rows_that_draft_with_kernels_side_by_side_have_the_texts_and_counts_of_the_bank(pool, monkeypatch):
+    """What an accelerator does with small drafters."""
+    own = load_pool(pool)
+    requests = [Request(ids=(1, 3, 20 + i, 300), max_new_tokens=12, number=i, route=i % 4 - 1) for i in range(6)]
+    said = {}
+    for name in ("bank", "stack"):
+        monkeypatch.setattr(serving, "stacks", lambda *shape, name=name: name == "stack")
+        method = serving.given(own, 2)
+        assert isinstance(method.drafter_params(None).bank, Stacked) == (name == "stack")
+        done = serving.speculative(own, 2, slots=2, room=64).complete(requests, method)
+        said[name] = [(c.ids, c.counts.num_accepted_tokens) for c in done]
+    assert said["stack"] == said["bank"] and sum(accepted for _, accepted in said["bank"]) > 0
 
 
 def test_throughput_has_a_row_a_number_of_slots(pool, world, tmp_path, capsys):

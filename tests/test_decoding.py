@@ -12,7 +12,7 @@ import pytest
 from toys import prompt_of
 
 from jaxspec import metrics, verify
-from jaxspec.adapters import init_bank, merge
+from jaxspec.adapters import Stacked, init_bank, merge, stack
 from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
@@ -122,11 +122,13 @@ def test_drafting_nothing_is_the_same_program_and_the_same_text(k):
     assert SPEC[k].programs.chunk._cache_size() == 1
 
 
-def test_rows_with_different_adapters_share_a_program_and_equal_merged_weights():
+@pytest.mark.parametrize("way", ["gathered", "side by side"])
+def test_rows_with_different_adapters_share_a_program_and_equal_merged_weights(way):
     bank = init_bank(DRAFT, jax.random.key(2), tasks=3, rank=2)
     bank = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(3), x.shape), bank)
     routes = [2, -1, 0, 1]
-    mixed = answer(SPEC[3], LMDrafterParams(DRAFT, bank), route=routes)
+    ways = {"gathered": (DRAFT, bank), "side by side": (stack(DRAFT, bank), Stacked())}
+    mixed = answer(SPEC[3], LMDrafterParams(*ways[way]), route=routes)
     for i, route in enumerate(routes):
         alone = answer(SPEC[3], LMDrafterParams(merge(DRAFT, bank, route)))
         assert mixed[i].ids == alone[i].ids

@@ -6,21 +6,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxspec.adapters import Adapter, Bank, select
+from jaxspec.adapters import Adapter, Bank, Stacked, select
 from jaxspec.sampling import draw, log_probs
 from jaxspec.transformer import Cache, LMConfig, extend, prefill, unembed
 from jaxspec.types import Draft, Drafter, Prompt
 
 
 class LMDrafterParams(NamedTuple):
-    """Base weights and the LoRA bank; `bank=None` when the weights are merged already or there is none."""
+    """Base weights and the LoRA bank; None when the weights are merged already, Stacked when they hold all merged ones."""
 
     weights: dict
-    bank: Bank | None = None
+    bank: Bank | Stacked | None = None
 
 
 class LMDrafterState(NamedTuple):
-    """Cache, its valid length `[B]`, and the rows' own adapters, gathered once a request."""
+    """Cache, its valid length `[B]`, and the rows' own adapters, gathered once a request, or only their routes."""
 
     cache: Cache
     length: Array
