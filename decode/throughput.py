@@ -35,7 +35,7 @@ from jaxspec.store.stages import write_json
 
 METHODS = ("autoregressive", "base", "one route", "routed")
 
-ROUNDS = 8  # rounds of a chunk whose time is taken
+ROUNDS = 4  # rounds of a chunk whose time is taken
 FULL = 4  # times that the slots are filled for it
 
 Texts = dict[str, list[list[int]]]

@@ -28,13 +28,14 @@ def speculative(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", *
     """Speculative decoding with an LM drafter; weights and routes are arguments of its programs.
 
     Args:
-        num_speculative_tokens: drafted a round; 0 is autoregressive decoding.
+        num_speculative_tokens: drafted a round; 0 is autoregressive decoding, two wide on accelerators, where one
+            column is slower than two.
         rule: a name in `verify.RULES`; `greedy` decodes every row greedily.
         shape: `slots`, `room` and what else an `Engine` takes.
     """
     pair, dtype = pool.pair, _dtype(pool)
     if num_speculative_tokens == 0:
-        return autoregressive(pool, 1, rule, **shape)
+        return autoregressive(pool, 1 if jax.default_backend() == "cpu" else 2, rule, **shape)
     drafter = lm_drafter(pair.draft.config, num_speculative_tokens, vocab_size=pair.vocab_size, dtype=dtype)
     return _engine(pool, drafter, rule, **shape)
 
