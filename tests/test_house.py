@@ -23,7 +23,7 @@ ALLOWED = {
     "drafters": {"types", "sampling", "transformer", "adapters", "drafters"},
     "speculate": {"types", "sampling", "verify"},
     "recording": {"types"},
-    "requests": {"types", "sampling", "metrics"},
+    "requests": {"types", "config", "sampling", "metrics"},
     "slots": {"types", "speculate", "metrics", "recording"},
     "engine": {"types", "metrics", "recording", "requests", "slots", "verify"},
     "align": set(),
@@ -31,6 +31,8 @@ ALLOWED = {
     "tasks": {"store"},
     "packing": {"align", "store"},
     "serving": {
+        "adapters",
+        "sharding",
         "router",
         "verify",
         "drafters",
@@ -58,7 +60,7 @@ ALLOWED = {
         "target",
         "transformer",
     },
-    "store": {"config", "sharding", "router", "adapters", "transformer", "encoder", "store", "align"},
+    "store": {"config", "sharding", "requests", "router", "adapters", "transformer", "encoder", "store", "align"},
 }
 
 
