@@ -116,7 +116,7 @@ def test_wherever_a_job_was_cut_off_it_ends_the_same(jobs, order, share, tmp_pat
         (("--seed", "5"), "seed 0, now it is 5"),
         (("--temperature", "0.25"), "temperature 0.0, now it is 0.25"),
         (("--order", "completed"), "order 'input', now it is 'completed'"),
-        (("--logprobs", "True"), "logprobs False, now it is True"),
+        (("--logprobs",), "logprobs False, now it is True"),
     ],
 )
 def test_a_job_does_not_go_on_with_other_settings(jobs, change, said, tmp_path, capsys):
