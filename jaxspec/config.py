@@ -158,6 +158,8 @@ class Experiment:
     router: Router = field(default_factory=Router)
     calibrate: Calibrate = field(default_factory=Calibrate)
     mesh: Mesh = field(default_factory=Mesh)
+    distributed: bool = False
+    """Join the job's other processes by jax.distributed and train over all their devices; for train.align alone."""
 
 
 def plain(config: Any) -> Any:

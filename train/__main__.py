@@ -5,12 +5,14 @@ python -m train --config configs/testbed.py --target DIR --draft DIR --prompts F
 
 import time
 
-from jaxspec.config import Experiment, command_line
+from jaxspec.config import Experiment, UserError, command_line
 from train import align, calibrate, partition, router, trace
 
 
 def run(experiment: Experiment) -> None:
     """Runs the pipeline; its result is the pool in `out/pool`."""
+    if experiment.distributed:
+        raise UserError("--distributed True is for train.align alone; run the other stages on one host")
     for stage in (trace, partition, align, router, calibrate):
         start = time.time()
         stage.run(experiment)

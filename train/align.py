@@ -4,10 +4,12 @@
 
 The specialists start from a trunk that has seen the union, and are trained side by side; `mixed` sees the union for as
 many steps x tokens as trunk and specialists together, as LoRA of the bank's rank and as a full fine-tune, and the better
-on the calibrate split is kept. The target never runs.
+on the calibrate split is kept. The target never runs. With `--distributed True` it is one training over the devices of all
+hosts, which see the same folders and of which the first writes.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,7 @@ from jaxspec.align import DIVERGENCES, Aligner, AlignState, Batch, aligner, opti
 from jaxspec.config import Experiment, command_line, plain
 from jaxspec.packing import as_batch, packed_rows, places
 from jaxspec.store.huggingface import Model, read_config, read_model
-from jaxspec.store.stages import finish, manifest, open_stage, read_arrays, write_json
+from jaxspec.store.stages import finish, is_writer, manifest, open_stage, read_arrays, write_json
 from jaxspec.store.traces import Traces, check_models, read_traces
 from jaxspec.store.trees import Checkpoints, write_tree
 from jaxspec.transformer import forward, unembed
@@ -52,6 +54,8 @@ class Course(NamedTuple):
 
 def run(experiment: Experiment) -> None:
     """Writes `out/align`: `bank.safetensors`, `mixed.safetensors`, `metrics.jsonl`."""
+    if experiment.distributed:
+        sharding.start()
     parents = {name: manifest(experiment.out, name)["digest"] for name in ("trace", "partition")}
     config = {"align": plain(experiment.align), "dtype": experiment.dtype, "seed": experiment.seed}
     stage = open_stage(experiment.out, "align", config=config, parents=parents)
@@ -70,10 +74,11 @@ def run(experiment: Experiment) -> None:
     results.get("trunk", {}).pop("params", None)
     kept = max(("mixed_lora", "mixed_full"), key=lambda name: results[name]["agreement"])
     scale = experiment.align.alpha / experiment.align.rank
-    write_tree(stage.folder / "bank.safetensors", scaled(results["bank"].pop("params"), scale))
+    bank = scaled(results["bank"].pop("params"), scale)
     lora, full = results["mixed_lora"].pop("params"), results["mixed_full"].pop("params")
     mixed = scaled(lora, scale) if kept == "mixed_lora" else jax.tree.map(lambda x: x[0], full)
-    write_tree(stage.folder / "mixed.safetensors", mixed)
+    for name, tree in (("bank", bank), ("mixed", mixed)) if is_writer() else ():
+        write_tree(stage.folder / f"{name}.safetensors", tree)
     finish(stage, mixed=kept, **results)
     for name, result in results.items():
         said = f"agreement {result['before']:.3f} -> {result['agreement']:.3f}"
@@ -161,7 +166,8 @@ def _train(experiment: Experiment, traces: Traces, course: Course, folder: Path,
     rate = _choose_rate(course, spec.search_steps, fresh, advance, judge, folder)
     checkpoints = Checkpoints(folder / "checkpoints" / course.name)
     done, state = checkpoints.latest(fresh())
-    with open(folder / "metrics.jsonl", "a") as log, tqdm(total=course.steps, initial=done, desc=course.name) as bar:
+    progress = tqdm(total=course.steps, initial=done, desc=course.name, disable=not is_writer())
+    with open(folder / "metrics.jsonl" if is_writer() else os.devnull, "a") as log, progress as bar:
         for step in range(done, course.steps):
             state, metrics = advance(state, step, course.steps, rate)
             if (step + 1) % 10 == 0 or step + 1 == course.steps:
@@ -191,7 +197,8 @@ def _choose_rate(course: Course, steps: int, fresh, advance, judge, folder: Path
             state, _ = advance(state, step, steps, rate, SEARCH_WARMUP)
         scores[rate] = judge(state.params)[0]
     chosen = min(scores, key=scores.__getitem__)
-    write_json(file, {"chosen": chosen, "divergence": {str(rate): score for rate, score in scores.items()}})
+    if is_writer():
+        write_json(file, {"chosen": chosen, "divergence": {str(rate): score for rate, score in scores.items()}})
     return chosen
 
 

@@ -50,8 +50,9 @@ def open_stage(out: str, name: str, *, config: dict, parents: dict[str, str]) ->
         if begun and file.exists():  # a claim alone holds no work
             _check_same(read_json(file), claim, folder)
             return Stage(folder, file.name == MANIFEST, claim, time.time())
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CLAIM, claim)
+    if is_writer():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CLAIM, claim)
     return Stage(folder, False, claim, time.time())
 
 
@@ -66,7 +67,8 @@ def finish(stage: Stage, **results: Any) -> str:
         "seconds": round(time.time() - stage.started, 1),
         "results": results,
     }
-    write_json(stage.folder / MANIFEST, manifest)
+    if is_writer():
+        write_json(stage.folder / MANIFEST, manifest)
     return manifest["digest"]
 
 
@@ -112,6 +114,11 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{file} is not there; run the stage that writes it again") from error
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is damaged ({error}); remove it and run the stage again") from error
+
+
+def is_writer() -> bool:
+    """Whether this process writes what all processes of a stage know: the first of them."""
+    return jax.process_index() == 0
 
 
 def write_whole(file: Path, write) -> None:
