@@ -75,7 +75,7 @@ class Bench:
     """Seed of sampling and of random routes."""
     widths: tuple[int, ...] = (1, 2, 4, 8)
     """Widths at which the autoregressive baseline is tried; the fastest is timed."""
-    dtype: str = ""
+    dtype: Literal["", "float32", "bfloat16"] = ""
     """float32 or bfloat16; empty is what the pool was made with."""
     target: str = ""
     """Another place of the pool's target."""

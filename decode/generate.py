@@ -25,15 +25,17 @@ from jaxspec import recording, serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.engine import Engine
 from jaxspec.plan import GIB, Load, device_memory, fit, table
-from jaxspec.requests import MAX_DRAFT, SETTINGS, Request, checked
-from jaxspec.store.huggingface import read_config
+from jaxspec.requests import MAX_DRAFT, SETTINGS, Request, bucket_of, checked
+from jaxspec.store.huggingface import read_config, read_tokenizer
 from jaxspec.store.models import encode
-from jaxspec.store.parts import merge, own_rows, part_file, same_job, unfinished
+from jaxspec.store.parts import alone, merge, own_rows, part_file, same_job, unfinished
 from jaxspec.store.pool import Pool, draft_length, find_pool, load_pool
 from jaxspec.store.prompts import Fault, Line, read_lines
 from jaxspec.text import Ask, Completion, drafter_named, room_for, serve
+from jaxspec.transformer import LMConfig
 
 SAME = ("order", *SETTINGS, "acceptance", "logprobs", "dtype")  # what a job that goes on must not change
+BEGIN = b'{"id": '  # of every record
 UNSAID = ("index", "num_accepted_tokens_per_pos")
 KEYS = (*SETTINGS, "stop", "drafter")
 ROUNDS = 32  # between two looks at stop strings and at a notice of preemption
@@ -74,7 +76,7 @@ class Generate:
     """Record the target's log probability of each token: as it is, and after the sampling settings."""
     explain: bool = False
     """Print the programs that were compiled, their shapes and seconds."""
-    dtype: str = ""
+    dtype: Literal["", "float32", "bfloat16"] = ""
     """float32 or bfloat16; empty is what the pool was made with."""
     target: str = ""
     """Another place of the pool's target."""
@@ -96,12 +98,17 @@ def run(config: Generate) -> None:
     lines = read_lines(config.input)
     own = own_rows(len(lines), process, processes)
     output = part_file(Path(config.output), process, processes)
-    answered = _resume(config, output, lines[own.start : own.stop])
-    same_job(output, {name: getattr(config, name) for name in SAME} | {"pool": find_pool(config.pool)[2]})
-    mesh = sharding.asked(config.mesh, jax.local_devices() if processes > 1 else None)
-    pool = _pool(config, lines, mesh)
-    asks = [_ask(config, pool, number, line) for number, line in enumerate(lines)]
+    if Path(config.output).resolve().is_relative_to(Path(config.input).resolve()):
+        raise UserError(f"--output {config.output} lies in --input {config.input}; choose another place")
+    _resume(config, output, lines[own.start : own.stop])
+    known = _know(config)
+    asks = [_ask(config, known, number, line) for number, line in enumerate(lines)]
+    pool = _pool(config, known, asks, sharding.asked(config.mesh, jax.local_devices() if processes > 1 else None))
     with open(output, "ab") as out, preemptible() as preempted:
+        alone(out, output)
+        same_job(output, _settings(config, known))
+        answered, size = _resume(config, output, lines[own.start : own.stop])
+        os.truncate(output, size)
         job = _Job(config, pool, lines[own.start : own.stop], asks[own.start : own.stop], _room(asks))
         done = _write(out, _records(job, answered), len(own), len(answered), preempted)
     if done < len(own):
@@ -137,15 +144,37 @@ def _place_in_job(config: Generate) -> tuple[int, int]:
     return config.process, config.processes
 
 
-def _pool(config: Generate, lines: Sequence[Line | Fault], mesh: jax.sharding.Mesh | None) -> Pool:
+class _Known(NamedTuple):
+    """What is known of a pool before its weights are read."""
+
+    facts: dict[str, Any]
+    digest: str
+    target: LMConfig
+    draft: LMConfig
+    tokenizer: Any
+
+
+def _know(config: Generate) -> _Known:
+    _, facts, digest = find_pool(config.pool)
+    target, draft = (getattr(config, name) or facts[name]["path"] for name in ("target", "draft"))
+    return _Known(facts, digest, read_config(target), read_config(draft), read_tokenizer(target))
+
+
+def _settings(config: Generate, known: _Known) -> dict[str, Any]:
+    """What the records depend on, the prompts apart."""
+    length = draft_length(known.facts, config.num_speculative_tokens)
+    return {name: getattr(config, name) for name in SAME} | {"pool": known.digest, "num_speculative_tokens": length}
+
+
+def _pool(config: Generate, known: _Known, asks: Sequence[Ask | str], mesh: jax.sharding.Mesh | None) -> Pool:
     """The pool, once it is known that it fits."""
-    _, facts, _ = find_pool(config.pool)
-    target, draft = (read_config(getattr(config, name) or facts[name]["path"]) for name in ("target", "draft"))
+    facts, target, draft = known.facts, known.target, known.draft
+    requests = [ask.request for ask in asks if isinstance(ask, Ask)]
     dtype, tasks = config.dtype or facts["dtype"], len(facts["tasks"])
     load = Load(
         batch=config.batch,
-        prompt_tokens=facts["max_prompt_tokens"],
-        max_new_tokens=config.max_new_tokens,
+        prompt_tokens=max((len(r.ids) for r in requests), default=1),
+        max_new_tokens=bucket_of(max((r.max_new_tokens for r in requests), default=1)),
         num_speculative_tokens=draft_length(facts, config.num_speculative_tokens),
         dtype=dtype,
         tasks=tasks,
@@ -261,8 +290,8 @@ def _record(line: Line | Fault, completion: Completion) -> dict[str, Any]:
     return {"id": line.id, **own}
 
 
-def _resume(config: Generate, output: Path, lines: Sequence[Line | Fault]) -> set[int]:
-    """Which prompts the output answers already; a torn last line is cut off."""
+def _resume(config: Generate, output: Path, lines: Sequence[Line | Fault]) -> tuple[set[int], int]:
+    """Which prompts the output answers already, and where its last whole record ends."""
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: its folder does not exist; make it first")
     place = {line.id: number for number, line in enumerate(lines)}
@@ -272,8 +301,10 @@ def _resume(config: Generate, output: Path, lines: Sequence[Line | Fault]) -> se
             f"{twice.source}: the id {twice.id!r} appears again; give each line its own, or use --order input"
         )
     if not output.exists():
-        return set()
-    whole = output.read_bytes().split(b"\n")[:-1]
+        return set(), 0
+    *whole, torn = output.read_bytes().split(b"\n")
+    if torn[: len(BEGIN)] != BEGIN[: len(torn)]:
+        raise UserError(f"{output} ends with {torn[:40]!r}, which this command did not write; choose another --output")
     if len(whole) > len(lines):
         raise UserError(f"{output} has {len(whole)} records for {len(lines)} prompts; it belongs to another input")
     answered = set()
@@ -284,18 +315,19 @@ def _resume(config: Generate, output: Path, lines: Sequence[Line | Fault]) -> se
                 f"{output}, line {number + 1} answers another prompt than {lines[number].source}; choose another --output"
             )
         answered.add(own)
-    os.truncate(output, sum(len(record) + 1 for record in whole))
-    return answered
+    return answered, sum(len(record) + 1 for record in whole)
 
 
 def _id_of(record: bytes) -> str | None:
+    """The id of a record, None for a line that is no record of this command."""
     try:
-        return json.loads(record).get("id")
-    except (ValueError, AttributeError):
+        own = json.loads(record)
+        return own["id"] if own.keys() & {"finish_reason", "error"} else None
+    except (ValueError, AttributeError, KeyError):
         return None
 
 
-def _ask(config: Generate, pool: Pool, number: int, line: Line | Fault) -> Ask | str:
+def _ask(config: Generate, known: _Known, number: int, line: Line | Fault) -> Ask | str:
     """The line's request, or why it cannot be answered."""
     if isinstance(line, Fault):
         return line.reason
@@ -307,7 +339,7 @@ def _ask(config: Generate, pool: Pool, number: int, line: Line | Fault) -> Ask |
         own = {name: checked(name, value) for name, value in own.items()}
         most = own.pop("num_speculative_tokens")
         own["draft_limit"] = MAX_DRAFT if most is None else most
-        own["route"] = drafter_named(pool, line.settings.get("drafter"))
+        own["route"] = drafter_named(known.facts, line.settings.get("drafter"))
     except UserError as error:
         raise UserError(f"{line.source}: {error}") from error
     stops = line.settings.get("stop") or []
@@ -315,10 +347,10 @@ def _ask(config: Generate, pool: Pool, number: int, line: Line | Fault) -> Ask |
     if not all(isinstance(stop, str) for stop in stops):
         raise UserError(f"{line.source}: stop {line.settings['stop']!r} will not do; give a text or a list of texts")
     try:
-        ids = encode(pool.pair.tokenizer, line)
+        ids = encode(known.tokenizer, line)
     except UserError as error:
         return str(error).removeprefix(f"{line.source}: ")
-    room = pool.pair.longest - own["max_new_tokens"]
+    room = min(known.target.max_positions, known.draft.max_positions) - own["max_new_tokens"]
     if len(ids) > room:
         return f"prompt of {len(ids)} tokens is longer than {room}, the models' positions less max_new_tokens"
     return Ask(Request(ids=ids, number=number, **own), tuple(stops))

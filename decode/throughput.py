@@ -17,14 +17,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from tqdm import tqdm
 
 from decode.differences import first_difference
 from jaxspec import serving, sharding
-from jaxspec.config import Mesh, command_line
+from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
 from jaxspec.requests import Completion, Request, bucket_of, room_of
@@ -67,7 +67,7 @@ class Throughput:
     """Tokens drafted a round; None is what calibration chose."""
     autoregressive_width: int = 2
     """Columns of the autoregressive window; on a GPU two are faster than one."""
-    dtype: str = ""
+    dtype: Literal["", "float32", "bfloat16"] = ""
     """float32 or bfloat16; empty is what the pool was made with."""
     target: str = ""
     """Another place of the pool's target."""
@@ -81,6 +81,8 @@ class Throughput:
 
 def run(config: Throughput) -> None:
     """Prints a row a number of slots, and writes the JSON."""
+    if config.json and not Path(config.json).absolute().parent.is_dir():
+        raise UserError(f"--json {config.json}: its folder does not exist; make it first")
     mesh = sharding.asked(config.mesh)
     for slots in config.slots:
         sharding.check_rows(slots, mesh, "--slots")
@@ -119,10 +121,15 @@ def _requests(config: Throughput, pool: Pool) -> list[Request]:
         by_task[line.task or "all"].append(line)
     longest = max(len(lines) for lines in by_task.values())
     mixed = [lines[i] for i in range(longest) for lines in by_task.values() if i < len(lines)]
-    return [
-        Request(ids=encode(pool.pair.tokenizer, line), max_new_tokens=config.max_new_tokens, number=number)
+    room = pool.pair.longest - config.max_new_tokens
+    requests = [
+        Request(ids=ids, max_new_tokens=config.max_new_tokens, number=number)
         for number, line in enumerate(mixed)
+        if len(ids := encode(pool.pair.tokenizer, line)) <= room
     ]
+    if not requests:
+        raise UserError(f"{config.prompts}: no prompt of at most {room} tokens")
+    return requests
 
 
 def _measure(config: Throughput, pool: Pool, requests: Sequence[Request], slots: int, k: int) -> tuple[dict, Texts]:

@@ -81,7 +81,7 @@ class Align:
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """Candidates for LoRA; the calibrate split chooses."""
     full_learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    """Candidates for the full fine-tune of the mixed drafter."""
+    """Candidates for the full fine-tune of the mixed drafter; none leaves it out, where its optimiser does not fit."""
     search_steps: int = 20
     """Steps spent on each candidate; one candidate alone is taken without a search."""
     warmup: float = 0.05
@@ -199,6 +199,8 @@ def command_line(config_type: type[Config], run: Callable[[Config], None], argv:
 
 
 MAY_BE_ZERO = ("seed", "process", "lengths", "num_speculative_tokens")
+MAY_BE_EMPTY = ("full_learning_rates",)
+SHARES = ("trunk", "warmup", "fallback_below")
 
 
 def check_numbers(config: Any, prefix: str = "--") -> None:
@@ -207,9 +209,10 @@ def check_numbers(config: Any, prefix: str = "--") -> None:
         value, flag = getattr(config, own.name), prefix + own.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
             check_numbers(value, f"{flag}.")
-        if value == () and own.default not in ((), dataclasses.MISSING):
+        if value == () and own.default not in ((), dataclasses.MISSING) and own.name not in MAY_BE_EMPTY:
             raise UserError(f"{flag} is empty; give at least one value, for example {own.default[0]}")
-        least, most = (int(own.name not in MAY_BE_ZERO), 2**31 - 1) if "int" in str(own.type) else (0, math.inf)
+        real = (0, 1 if own.name in SHARES else math.inf)
+        least, most = (int(own.name not in MAY_BE_ZERO), 2**31 - 1) if "int" in str(own.type) else real
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not isinstance(number, bool) and not least <= number <= most:
                 raise UserError(f"{flag} {number} is out of range; give a number from {least} to {most}")
@@ -233,11 +236,8 @@ def _parse(config_type: type[Config], argv: list[str], program: str) -> Config:
     if default is not None and not isinstance(default, config_type):
         wanted, found = config_type.__name__, type(default).__name__
         raise UserError(f"--config: `experiment` is of type {found}, this command takes {wanted}; give flags instead")
-    return (
-        tyro.cli(config_type, prog=program, args=argv, default=default, config=(tyro.conf.FlagConversionOff,))
-        if default
-        else tyro.cli(config_type, prog=program, args=argv)
-    )
+    known = {"default": default} if default else {}
+    return tyro.cli(config_type, prog=program, args=argv, **known)
 
 
 def _leave(sentence: str) -> None:

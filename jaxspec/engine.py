@@ -261,7 +261,7 @@ class Engine:
                 task=row.task,
                 confidence=row.confidence,
                 features=row.features,
-                record=jax.tree.map(lambda leaf, slot=slot: leaf[slot], record),
+                record=jax.tree.map(lambda leaf, slot=slot: np.array(leaf[slot]), record),  # a view keeps all rows
             )
         return out
 

@@ -69,6 +69,7 @@ def routed(pool: Pool, slots: int) -> Method:
     return Method("routed", route, adapted(pool, slots))
 
 
+@lru_cache(maxsize=4)
 def adapted(pool: Pool, slots: int) -> Callable[[np.ndarray], LMDrafterParams]:
     """Routes -> drafter parameters: merged weights for one slot, which has one route, else base weights and the bank."""
 

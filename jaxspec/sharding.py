@@ -45,7 +45,15 @@ def start(address: str | None = None, processes: int | None = None, process: int
     On a TPU pod or under SLURM no argument is needed; elsewhere give the first process's `host:port`, their number and
     this one's.
     """
-    jax.distributed.initialize(address, processes, process)
+    try:
+        # A process that is done waits for the others, whose share may take hours longer.
+        jax.distributed.initialize(address, processes, process, shutdown_timeout_seconds=7 * 24 * 3600)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"this process cannot join a job ({reason}); start it on every worker of a TPU pod or by SLURM, or, with "
+            "decode.generate, give --processes and --process in place of --distributed"
+        ) from error
 
 
 def make_mesh(data: int, model: int, devices: list | None = None) -> Mesh:

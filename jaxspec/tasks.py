@@ -46,8 +46,12 @@ def assign(features: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
 def tfidf_features(texts: Sequence[str], train: np.ndarray, *, seed: int, width: int = 64) -> np.ndarray:
     """TF-IDF of cleaned texts, fit where `train [N]` is true, reduced by SVD to unit vectors `[N, width]`."""
-    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, max_features=20_000)
-    vectorizer.fit([text for text, own in zip(texts, train, strict=True) if own])
+    known = [text for text, own in zip(texts, train, strict=True) if own]
+    of = lambda rarest: TfidfVectorizer(sublinear_tf=True, min_df=rarest, max_features=20_000).fit(known)
+    try:
+        vectorizer = of(2)
+    except ValueError:  # no word is in two texts
+        vectorizer = of(1)
     counts = vectorizer.transform(texts)
     svd = TruncatedSVD(min(width, counts.shape[1] - 1), random_state=seed).fit(counts[train])
     reduced = svd.transform(counts)
@@ -55,7 +59,7 @@ def tfidf_features(texts: Sequence[str], train: np.ndarray, *, seed: int, width:
 
 
 def encoder_features(texts: Sequence[str], folder: str) -> np.ndarray:
-    """Mean-pooled unit vectors `[N, H]` of a decoder-only Hugging Face folder read as an encoder."""
+    """Mean-pooled unit vectors `[N, H]` of a Hugging Face folder, BERT-like or decoder-only."""
     from jaxspec.store.encoders import embed
 
     return embed(texts, folder)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxspec import recording, serving
+from jaxspec import recording, serving, verify
 from jaxspec.config import UserError
 from jaxspec.engine import FOREVER, Engine, Method
 from jaxspec.requests import SETTINGS, Request, bucket_of, checked, room_of
@@ -110,12 +110,13 @@ def serve(pool: Pool, engine: Engine, method: Method, asks: Sequence[Ask], *, ro
         )
 
 
-def drafter_named(pool: Pool, name: Any) -> int | None:
+def drafter_named(facts: dict[str, Any], name: Any) -> int | None:
     """The route that a name asks for, `base`, a task or its label; None for None, which leaves it to the router."""
     if name is None:
         return None
-    labels = {label: task for task, label in enumerate(pool.facts["labels"]) if label}
-    names = {"base": BASE, **labels, **{task: i for i, task in enumerate(pool.tasks)}}
+    by_size = sorted(range(len(facts["tasks"])), key=lambda task: facts["sizes"][task])
+    labels = {label: task for task in by_size if (label := facts["labels"][task])}  # the largest has the name
+    names = {"base": BASE, **labels, **{task: i for i, task in enumerate(facts["tasks"])}}
     if not isinstance(name, str) or name not in names:
         raise UserError(f"no drafter {name!r} in this pool; it has {', '.join(map(str, names))}")
     return names[name]
@@ -198,12 +199,16 @@ def _pieces(
     **settings: Any,
 ) -> Iterator[Piece]:
     """`serve` for prompts of one setting."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if acceptance not in verify.SAMPLED:
+        raise UserError(f"acceptance {acceptance!r} is no rule; give one of {', '.join(verify.SAMPLED)}")
+    if type(batch) is not int or batch < 1:
+        raise UserError(f"batch {batch!r} will not do; give a whole number from 1")
     unknown = settings.keys() - SETTINGS.keys()
     if unknown:
         raise UserError(f"unknown setting {min(unknown)!r}; see the documentation of jaxspec.generate")
     own = {name: checked(name, value) for name, value in {"max_new_tokens": max_new_tokens, **settings}.items()}
-    own["route"] = drafter_named(pool, drafter)
+    own["route"] = drafter_named(pool.facts, drafter)
     asks = [
         Ask(Request(ids=_ids(pool, number, prompt, max_new_tokens), number=number, **own), stops)
         for number, prompt in enumerate(prompts)

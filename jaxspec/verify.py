@@ -60,6 +60,7 @@ rejection = Rule(p_over_q, of_the_round)
 # same token: text depends on the noise alone, not on the drafter. Source: Daliri et al., https://arxiv.org/abs/2408.07978.
 gumbel = Rule(targets_own, of_the_token)
 RULES = {"greedy": greedy, "rejection": rejection, "gumbel": gumbel}
+SAMPLED = ("rejection", "gumbel")  # those that serve rows above temperature 0
 
 
 def window_noise(rule: Rule, key: Array, start: Array, draft: Draft) -> Array:

@@ -72,6 +72,7 @@ def test_a_pool_laid_out_for_a_cpu_gives_the_same_texts_by_every_method(pool, mo
     def texts(wide):
         monkeypatch.setattr(serving, "WIDE", wide)
         serving._target_params.cache_clear()
+        serving.adapted.cache_clear()
         for slots in (1, 2):
             engine = serving.speculative(own, 2, slots=slots, room=64)
             in_blocks = engine._target_params["layers"][0]["mlp"]["up"]["kernel"].ndim == 3
@@ -90,6 +91,7 @@ def test_rows_that_draft_with_kernels_side_by_side_have_the_texts_and_counts_of_
     requests = [Request(ids=(1, 3, 20 + i, 300), max_new_tokens=12, number=i, route=i % 4 - 1) for i in range(6)]
     said = {}
     for name in ("bank", "stack"):
+        serving.adapted.cache_clear()
         monkeypatch.setattr(serving, "stacks", lambda *shape, name=name: name == "stack")
         method = serving.given(own, 2)
         assert isinstance(method.drafter_params(None).bank, Stacked) == (name == "stack")

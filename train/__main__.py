@@ -12,7 +12,7 @@ from train import align, calibrate, partition, router, trace
 def run(experiment: Experiment) -> None:
     """Runs the pipeline; its result is the pool in `out/pool`."""
     if experiment.distributed:
-        raise UserError("--distributed True is for train.align alone; run the other stages on one host")
+        raise UserError("--distributed is for train.align alone; run the other stages on one host")
     for stage in (trace, partition, align, router, calibrate):
         start = time.time()
         stage.run(experiment)

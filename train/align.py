@@ -4,7 +4,7 @@
 
 The specialists start from a trunk that has seen the union, and are trained side by side; `mixed` sees the union for as
 many steps x tokens as trunk and specialists together, as LoRA of the bank's rank and as a full fine-tune, and the better
-on the calibrate split is kept. The target never runs. With `--distributed True` it is one training over the devices of all
+on the calibrate split is kept. The target never runs. With `--distributed` it is one training over the devices of all
 hosts, which see the same folders and of which the first writes.
 """
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from jaxspec import sharding
 from jaxspec.adapters import init_bank, scaled
 from jaxspec.align import DIVERGENCES, Aligner, AlignState, Batch, aligner, optimiser, schedule
-from jaxspec.config import Experiment, command_line, plain
+from jaxspec.config import Experiment, UserError, command_line, plain
 from jaxspec.packing import as_batch, packed_rows, places
 from jaxspec.store.huggingface import Model, read_config, read_model
 from jaxspec.store.stages import finish, is_writer, manifest, open_stage, read_arrays, write_json
@@ -67,16 +67,16 @@ def run(experiment: Experiment) -> None:
     draft = read_model(experiment.draft, jnp.dtype(experiment.dtype))
     vocab_size = read_config(experiment.target).vocab_size
     results: dict[str, dict] = {}
-    mesh = sharding.make_mesh(experiment.mesh.data, experiment.mesh.model)
+    mesh = _mesh(experiment)
     sharding.check_rows(experiment.align.rows, mesh, "--align.rows")
     for course in _courses(experiment, traces, partition, draft, vocab_size, results):
         results[course.name] = _train(experiment, traces, course, stage.folder, mesh)
     results.get("trunk", {}).pop("params", None)
-    kept = max(("mixed_lora", "mixed_full"), key=lambda name: results[name]["agreement"])
+    kept = max((name for name in results if name.startswith("mixed")), key=lambda name: results[name]["agreement"])
     scale = experiment.align.alpha / experiment.align.rank
     bank = scaled(results["bank"].pop("params"), scale)
-    lora, full = results["mixed_lora"].pop("params"), results["mixed_full"].pop("params")
-    mixed = scaled(lora, scale) if kept == "mixed_lora" else jax.tree.map(lambda x: x[0], full)
+    best = {name: result.pop("params") for name, result in results.items() if name.startswith("mixed")}[kept]
+    mixed = scaled(best, scale) if kept == "mixed_lora" else jax.tree.map(lambda x: x[0], best)
     for name, tree in (("bank", bank), ("mixed", mixed)) if is_writer() else ():
         write_tree(stage.folder / f"{name}.safetensors", tree)
     finish(stage, mixed=kept, **results)
@@ -84,6 +84,19 @@ def run(experiment: Experiment) -> None:
         said = f"agreement {result['before']:.3f} -> {result['agreement']:.3f}"
         print(f"align: {name}: {said} on the calibrate split, learning rate {result['learning_rate']:g}")
     print(f"align: mixed is {kept}")
+
+
+def _mesh(experiment: Experiment) -> Mesh:
+    """The mesh asked for; of several hosts all devices, none of which may stand idle."""
+    data, model = experiment.mesh.data, experiment.mesh.model
+    if experiment.distributed and (data, model) == (1, 1):
+        data = jax.device_count()
+    if experiment.distributed and data * model != jax.device_count():
+        raise UserError(
+            f"--mesh.data {data} and --mesh.model {model} leave out some of the job's {jax.device_count()} devices; "
+            "give two numbers whose product that is, or leave both out"
+        )
+    return sharding.make_mesh(data, model)
 
 
 def _courses(
@@ -96,11 +109,13 @@ def _courses(
     lengths = [len(own) for own in traces.tokens]
     key = jax.random.key(experiment.seed)
 
-    def rows(of: np.ndarray, number: int) -> list[list[int]]:
-        examples = of if len(of) else np.arange(len(task))  # an empty task trains on the union
+    def rows(examples: np.ndarray, number: int) -> list[list[int]]:
         return packed_rows(lengths, examples, number, spec.row_tokens, experiment.seed)
 
-    own = lambda name, t: np.flatnonzero((split == name) & (task == t))
+    def own(name: int, t: int) -> np.ndarray:
+        found = np.flatnonzero((split == name) & (task == t))
+        return found if len(found) else union(name)  # a task without prompts in a split takes the split's union
+
     union = lambda name: np.flatnonzero(split == name)
     long = tasks * spec.steps
     shared = round(spec.trunk * spec.steps)
@@ -109,7 +124,6 @@ def _courses(
     held = [rows(own(1, t), CALIBRATE_ROWS) for t in range(tasks)]
     held_union = [[row for rows_of_task in held for row in rows_of_task]]
     fresh = init_bank(draft.params, key, tasks=1, rank=spec.rank)
-    masters = jax.tree.map(lambda x: x[None].astype(jnp.float32), draft.params)
     lora = _aligner(experiment, partial(_lora_log_q, draft, spec.alpha / spec.rank, vocab_size))
     full = _aligner(experiment, partial(_full_log_q, draft, vocab_size))
     over_union = (everything, held_union)
@@ -119,7 +133,9 @@ def _courses(
     each = jax.tree.map(lambda x: jnp.repeat(x, tasks, axis=0), trunk)
     yield Course("bank", lora, draft.params, each, specialists, held, spec.steps - shared, spec.learning_rates)
     yield Course("mixed_lora", lora, draft.params, fresh, *over_union, long, spec.learning_rates)
-    yield Course("mixed_full", full, (), masters, *over_union, long, spec.full_learning_rates)
+    if spec.full_learning_rates:
+        masters = jax.tree.map(lambda x: x[None].astype(jnp.float32), draft.params)
+        yield Course("mixed_full", full, (), masters, *over_union, long, spec.full_learning_rates)
 
 
 def _aligner(experiment: Experiment, log_q: Callable) -> Aligner:

@@ -50,7 +50,7 @@ def run(experiment: Experiment) -> None:
 
 def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
     """What the pool's manifest says; all of it is needed to decode with the pool elsewhere."""
-    pair = read_pair(experiment.target, experiment.draft, experiment.dtype)
+    pair = read_pair(experiment.target, experiment.draft, experiment.dtype, sharding.asked(experiment.mesh))
     tasks = len(partition["centroids"])
     align = manifest(experiment.out, "align")["results"]
     model = lambda own: {"path": str(Path(own.path).resolve()), "digest": own.digest}

@@ -70,6 +70,10 @@ def find(experiment: Experiment, traces: Traces, texts: Sequence[str]) -> Found:
             f"partition.num_clusters {spec.num_clusters} exceeds the {train.sum()} prompts of the train split; lower it"
         )
     features = _features(experiment, traces, texts, train)
+    if spec.min_clusters > spec.max_clusters:
+        raise UserError(
+            f"partition.min_clusters {spec.min_clusters} is above partition.max_clusters {spec.max_clusters}; lower it"
+        )
     tried = [k for k in range(spec.min_clusters, spec.max_clusters + 1) if k < train.sum()] or [1]
     wanted = [spec.num_clusters] if spec.num_clusters else tried
     centroids, silhouettes = cluster(features[train], wanted, seed=experiment.seed)

@@ -1,8 +1,10 @@
 """One output of several processes: each answers its own rows into a part file; the parts in order are the output."""
 
+import fcntl
 import os
 from pathlib import Path
-from typing import Any
+from tempfile import NamedTemporaryFile
+from typing import IO, Any
 
 from jaxspec.config import UserError
 from jaxspec.store.stages import read_json, write_json
@@ -18,6 +20,20 @@ def part_file(output: Path, process: int, processes: int) -> Path:
     if processes == 1:
         return output
     return output.with_name(f"{output.stem}-{process:05}-of-{processes:05}{output.suffix}")
+
+
+def alone(out: IO[bytes], output: Path) -> None:
+    """Locks an output that is open, until it is closed.
+
+    Raises:
+        UserError: another process writes it.
+    """
+    try:
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"another process is writing {output}; wait for it, or give each of several its own --process"
+        ) from error
 
 
 def same_job(output: Path, settings: dict[str, Any]) -> None:
@@ -57,14 +73,15 @@ def merge(output: Path, number: int, processes: int) -> None:
         part = part_file(output, missing[0], processes)
         raise UserError(f"{part} has not all of its lines; start process {missing[0]} of {processes} again")
 
-    whole = output.with_name(f".{output.name}.{os.getpid()}.part")  # two processes may end at once
-    with open(whole, "wb") as out:
+    # Two processes may end at once, on hosts whose process numbers are the same.
+    with NamedTemporaryFile("wb", dir=output.parent, prefix=f".{output.name}.", suffix=".part", delete=False) as out:
         for process in range(processes):
             with open(part_file(output, process, processes), "rb") as part:
                 out.writelines(part)
         out.flush()
         os.fsync(out.fileno())
-    os.replace(whole, output)
+    os.chmod(out.name, part_file(output, 0, processes).stat().st_mode)
+    os.replace(out.name, output)
 
 
 def _lines(file: Path) -> int:
