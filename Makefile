@@ -14,6 +14,8 @@ demo: $(VENV)/.demo
 	$(PY) -m decode.bench --pool runs/demo/pool --prompts runs/demo/eval --json runs/demo/bench.json
 	$(PY) -m decode.report --bench runs/demo/bench.json --out runs/demo/report
 
+# Compiling is most of the time of a test: code is made quickly here; test-slow runs what ships.
+test: export XLA_FLAGS = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 test: $(VENV)/.test
 	$(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile
 

@@ -44,7 +44,7 @@ ALLOWED = {
         "transformer",
         "types",
     },
-    "text": {"config", "router", "engine", "recording", "requests", "serving", "store"},
+    "text": {"config", "verify", "router", "engine", "recording", "requests", "serving", "store"},
     "sharding": {"types", "config", "transformer"},
     "published": {"transformer"},
     "plan": {

@@ -92,7 +92,7 @@ def test_records_do_not_depend_on_the_batch(jobs, tmp_path, settings):
 def test_explain_prints_programs_shapes_and_seconds(jobs, tmp_path, capsys):
     call(*jobs[0], "--output", tmp_path / "out.jsonl", "--explain")
     said = capsys.readouterr().out
-    assert re.search(r"^[45] programs for 3 slots of \d+ tokens:$", said, re.M)
+    assert re.search(r"^3 programs for 3 slots of \d+ tokens:$", said, re.M)
     for name, shape in (("prefill", "1 x 32"), ("admit", "1 x 32"), ("chunk", r"3 x \d+")):
         assert re.search(rf"^  {name} +{shape} tokens +\d+\.\d\d s$", said, re.M)
 
@@ -128,7 +128,7 @@ def test_a_job_does_not_go_on_with_other_settings(jobs, change, said, tmp_path, 
     with pytest.raises(SystemExit) as end:
         call(*command, "--output", output, *change)
     assert end.value.code == 2 and said in capsys.readouterr().err
-    assert output.read_bytes() == half[: half.rfind(b"\n") + 1]
+    assert output.read_bytes() == half
     call(*command, "--output", output)
     assert_same("input", output, whole)
 
@@ -210,16 +210,22 @@ def exit_code(target, *args) -> int:
     return process.exitcode
 
 
-@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(n, marks=pytest.mark.slow) for n in range(5, 20))])
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("seed", "order"),
+    [
+        pytest.param(seed, order, marks=() if seed < 5 and seed % 2 == number else pytest.mark.slow)
+        for seed in range(20)
+        for number, order in enumerate(ORDERS)
+    ],
+)
 def test_a_job_killed_at_any_byte_answers_every_prompt_once(jobs, order, seed, tmp_path):
-    """Even seeds kill it between two records, odd ones anywhere; every third is killed twice."""
+    """Seeds of one half kill it between two records, the others anywhere; every third is killed twice."""
     command, whole = jobs
     output, draw = tmp_path / "out.jsonl", random.Random(seed)
     sizes = [len(line) for line in whole[order].splitlines(keepends=True)]
     argv = [str(word) for word in (*command, "--order", order, "--output", output)]
     for _ in range(1 + (seed % 3 == 0)):
-        after = sum(sizes[: draw.randrange(12)]) if seed % 2 == 0 else draw.randrange(sum(sizes) // 2)
+        after = sum(sizes[: draw.randrange(12)]) if seed // 2 % 2 == 0 else draw.randrange(sum(sizes) // 2)
         before = output.read_bytes().rpartition(b"\n")[0] if output.exists() else b""
         assert exit_code(_die, argv, after) == -signal.SIGKILL
         assert len(output.read_bytes()) == len(before) + bool(before) + after
