@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import align, sharding, verify
-from jaxspec.adapters import init_bank
+from jaxspec.adapters import Stacked, init_bank, stack
 from jaxspec.align import Batch
-from jaxspec.drafters import lm_drafter
+from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
 from jaxspec.requests import Request, room_of
@@ -37,52 +37,58 @@ ROUTES = [0, 1, 2, -1, 0, 1, 2, -1]
 
 
 class Case(NamedTuple):
-    """A way of decoding: its law, its rows' adapters, whether rows sample."""
+    """A way of decoding: its law, its rows' adapters (none, `gathered` or `side by side`), whether rows sample."""
 
     law: Any
-    banked: bool
+    adapters: str
     sampled: bool
+    drafted: int = 3
 
 
 CASES = {
-    "base": Case(verify.greedy, False, False),
-    "banked": Case(verify.greedy, True, False),
-    "sampled": Case(verify.rejection, True, True),
+    "base": Case(verify.greedy, "none", False),
+    "banked": Case(verify.greedy, "gathered", False),
+    "sampled": Case(verify.rejection, "gathered", True),
+    "stacked": Case(verify.gumbel, "side by side", True),
+    "silent": Case(verify.greedy, "none", False, drafted=0),
 }
 
 
 def engine(case: Case, mesh=None) -> Engine:
     """The case's engine, on a mesh if there is one."""
     placement = ONE_DEVICE if mesh is None else sharding.over(mesh)
-    params = placement.params(weights(case.banked)).target
+    params = placement.params(weights(case.adapters)).target
     shape = {"slots": ROWS, "room": ROOM, "vocab_size": TARGET.vocab_size, "admit_rows": ROWS}
-    own = lm_target(TARGET), lm_drafter(DRAFT, 3), case.law
+    drafter = lm_drafter(DRAFT, case.drafted) if case.drafted else silent_drafter(1)
+    own = lm_target(TARGET), drafter, case.law
     return Engine(*own, params, stop_tokens=(EOS,), placement=placement, **shape)
 
 
 @cache
-def weights(banked: bool) -> SpecParams:
+def weights(adapters: str) -> SpecParams:
     """Random weights whose texts vary, and a bank whose adapters matter."""
     strong = lambda tree: jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, tree)
     drawn = lambda config, seed: strong(jax.jit(init, static_argnums=0)(config, jax.random.key(seed)))
     draft = drawn(DRAFT, 1)
     bank = init_bank(draft, jax.random.key(2), tasks=3, rank=4)
     noise = lambda x: 0.2 * jax.random.normal(jax.random.key(3), x.shape)
-    params = LMDrafterParams(draft, jax.tree.map(noise, bank) if banked else None)
-    return SpecParams(drawn(TARGET, 0), params)
+    bank = jax.tree.map(noise, bank)
+    ways = {"none": (draft, None), "gathered": (draft, bank), "side by side": (stack(draft, bank), Stacked())}
+    return SpecParams(drawn(TARGET, 0), LMDrafterParams(*ways[adapters]))
 
 
 def requests(case: Case, numbers=range(ROWS)) -> list[Request]:
     """Rows of different lengths; of those that sample, some are greedy and all have top-k and top-p."""
     settings = lambda i: {"temperature": i % 3 / 2, "top_k": 20, "top_p": 0.9} if case.sampled else {}
     ids = lambda i: tuple(np.random.default_rng(i).integers(8, 64, size=3 + i).tolist())
-    route = lambda i: ROUTES[i] if case.banked else -1
+    route = lambda i: ROUTES[i] if case.adapters != "none" else -1
     return [Request(ids=ids(i), max_new_tokens=BUDGET, number=i, route=route(i), **settings(i)) for i in numbers]
 
 
 def answer(case: Case, own: Engine, mesh=None, numbers=range(ROWS)) -> list[tuple]:
     """Tokens and counts of the rows."""
-    params = weights(case.banked) if mesh is None else sharding.over(mesh).params(weights(case.banked))
+    own_weights = weights(case.adapters)
+    params = own_weights if mesh is None else sharding.over(mesh).params(own_weights)
     method = Method("given", unrouted, lambda routes: params.drafter)
     return [(completion.ids, completion.counts) for completion in own.complete(requests(case, numbers), method)]
 
@@ -95,7 +101,7 @@ def losses(mesh=None, steps: int = 5) -> list[float]:
         return jax.nn.log_softmax(unembed(DRAFT, params, jnp.take_along_axis(hidden, at[..., None], 1)), -1)
 
     own = align.aligner(log_q, align.forward_kl, align.optimiser())
-    state, batch = own.init(weights(False).drafter.weights), _batch()
+    state, batch = own.init(weights("none").drafter.weights), _batch()
     if mesh is not None:
         state = sharding.place(state, sharding.param_specs(state, "drafter"), mesh)
         batch = sharding.place(batch, sharding.row_specs(batch), mesh)

@@ -26,7 +26,7 @@ def table() -> dict[str, tuple]:
     for name, case in fleet.CASES.items():
         own = fleet.engine(case)
         requests = fleet.requests(case)
-        params = jax.eval_shape(lambda case=case: fleet.weights(case.banked))
+        params = jax.eval_shape(lambda case=case: fleet.weights(case.adapters))
         prompt = as_prompt(requests, fleet.ROWS, 32, fleet.ROUTES)
         sampling = as_sampling(requests, fleet.ROWS, fleet.TARGET.vocab_size) if case.sampled else None
         read = params.target, prompt.tokens, prompt.length

@@ -42,7 +42,7 @@ def alone(name: str):
 def test_placement_changes_no_token_and_no_count(name, shape):
     case, mesh = fleet.CASES[name], mesh_of(*shape)
     found = fleet.answer(case, fleet.engine(case, mesh), mesh)
-    assert sum(counts.num_accepted_tokens for _, counts in alone(name)) > 0
+    assert case.drafted == 0 or sum(counts.num_accepted_tokens for _, counts in alone(name)) > 0
     jax.tree.map(np.testing.assert_array_equal, found, alone(name))
 
 
