@@ -264,6 +264,9 @@ def _methods(config: Bench, pool: Pool, asks: Sequence[Ask]) -> dict[str, Chosen
 
 def _fastest(work: Work, pool: Pool, shape: dict, rule: str) -> tuple[int, Engine]:
     """The width at which autoregressive decoding of a few prompts is fastest; the median of three tries a width."""
+    if len(work.config.widths) == 1:
+        (width,) = work.config.widths
+        return width, serving.autoregressive(pool, width, rule, **shape)
     sample = [rows for _, rows in work.batches[:: max(1, len(work.batches) // 3)]][:3]
     engines = {w: serving.autoregressive(pool, w, rule, **shape) for w in work.config.widths}
     tries: dict[int, list[float]] = {width: [] for width in engines}

@@ -96,21 +96,25 @@ def stacks(draft: LMConfig, tasks: int, dtype: Any) -> bool:
 
 def laid(weights: dict, slots: int) -> dict:
     """Weights as windows of so many slots want them: on a CPU, where the rows are few, in blocks of columns."""
+    return lay_out(weights) if _in_blocks(weights, slots) else weights
+
+
+def _in_blocks(weights: dict, slots: int) -> bool:
     alone = len(jax.tree.leaves(weights)[0].devices()) == 1
-    few = jax.default_backend() == "cpu" and slots * WIDE <= NARROW
-    return lay_out(weights) if few and alone else weights
+    return alone and jax.default_backend() == "cpu" and slots * WIDE <= NARROW
 
 
 @lru_cache(maxsize=4)
-def _target_params(pool: Pool, slots: int) -> dict:
-    return laid(pool.pair.target.params, slots)
+def _target_in_blocks(pool: Pool) -> dict:
+    return lay_out(pool.pair.target.params)
 
 
 def _engine(pool: Pool, drafter: Drafter, rule: str, **shape: Any) -> Engine:
     pair = pool.pair
     target = lm_target(pair.target.config, _dtype(pool))
     known = {"stop_tokens": pair.stop_tokens, "vocab_size": pair.vocab_size, "prefill_params": pair.target.params}
-    params = _target_params(pool, shape["slots"])
+    plain = pair.target.params
+    params = _target_in_blocks(pool) if _in_blocks(plain, shape["slots"]) else plain
     return Engine(target, drafter, verify.RULES[rule], params, placement=over(pool.mesh), **known, **shape)
 
 

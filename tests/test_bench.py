@@ -71,7 +71,7 @@ def test_a_pool_laid_out_for_a_cpu_gives_the_same_texts_by_every_method(pool, mo
 
     def texts(wide):
         monkeypatch.setattr(serving, "WIDE", wide)
-        serving._target_params.cache_clear()
+        serving._target_in_blocks.cache_clear()
         serving.adapted.cache_clear()
         for slots in (1, 2):
             engine = serving.speculative(own, 2, slots=slots, room=64)

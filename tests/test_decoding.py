@@ -21,7 +21,7 @@ from jaxspec.requests import Request, room_of
 from jaxspec.speculate import run, speculator
 from jaxspec.target import lm_target
 from jaxspec.transformer import LMConfig, forward, init, lay_out, unembed
-from jaxspec.types import Sampling, SpecParams
+from jaxspec.types import Draft, Drafter, Sampling, SpecParams
 
 TARGET = LMConfig(
     vocab_size=40,
@@ -97,6 +97,35 @@ def test_a_drafter_that_is_the_target_loses_nothing(k, rule, temperature):
     assert counts.drafted_by_position.sum() > 0
     assert (counts.accepted_by_position == counts.drafted_by_position).all()
     assert counts.num_drafts == 4 * -(-BUDGET // (k + 1))
+
+
+def known_tree(parents: tuple[int, ...], right: tuple[bool, ...]) -> Drafter:
+    """Drafts a tree of which some nodes go on with the row's known text; parameters are texts `[n, L]`, a row's by route."""
+    depth = [0]
+    for parent in parents:
+        depth.append(depth[parent] + 1)
+
+    def propose(texts, known, tokens, length, noise, sampling):
+        following = jnp.take_along_axis(known, length[:, None] + jnp.array(depth[1:]) - 1, axis=1)
+        drafted = jnp.where(jnp.array(right), following, (following + 1) % TARGET.vocab_size)
+        batch, nodes = length.shape[0], len(parents)
+        tree = jnp.broadcast_to(jnp.array(parents, jnp.int32), (batch, nodes))
+        return Draft(drafted.astype(jnp.int32), jnp.full(batch, nodes, jnp.int32), None, tree), known
+
+    keep = lambda params, state, verdict, scores: state
+    return Drafter(len(parents), lambda texts, prompt, slots: texts[prompt.route], propose, keep)
+
+
+def test_a_tree_that_holds_the_answer_loses_nothing():
+    """Its path skips window rows, and a wrong node has a child that would be right elsewhere."""
+    parents, right = (0, 0, 1, 1, 3, 3, 2), (True, False, True, False, False, True, True)
+    texts = np.zeros((4, 64), np.int32)
+    for row, ids in zip(texts, PROMPTS, strict=True):
+        row[: len(ids) + BUDGET] = [*ids, *plain_greedy(ids, stop=None)]
+    own = engine(known_tree(parents, right), stops=())
+    for completion, ids in zip(answer(own, jnp.asarray(texts), route=[0, 1, 2, 3]), PROMPTS, strict=True):
+        assert completion.ids == plain_greedy(ids, stop=None)
+        assert completion.counts.num_drafts == BUDGET // 4  # three nodes of depth 1, 2, 3 and the token behind them
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -59,7 +59,9 @@ def test_an_engine_keeps_its_states_layout_and_compiles_once(caplog):
     assert "Compiling" not in caplog.text
 
 
-@pytest.mark.parametrize("shape", [(4, 2), pytest.param((8, 1), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "shape", [(4, 2), *(pytest.param(own, marks=pytest.mark.slow) for own in ((8, 1), (2, 4), (1, 8)))]
+)
 def test_training_on_a_mesh_has_the_loss_curve_of_one_device(shape):
     # A loss is a mean of at most 128 places, summed in another order; five steps of Adam keep that order of error.
     np.testing.assert_allclose(fleet.losses(mesh_of(*shape)), fleet.losses(), rtol=128 * np.finfo(np.float32).eps)

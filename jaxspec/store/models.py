@@ -1,6 +1,5 @@
 """The pair that every stage works with: a target and a base drafter of one tokenizer."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -79,8 +78,3 @@ def _through_template(tokenizer: Any, line: Line) -> str:
         return tokenizer.apply_chat_template(line.messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise UserError(f"{line.source}: the chat template refuses it ({error}); mend its messages") from error
-
-
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Text of emitted ids, special tokens left out."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True)
