@@ -8,6 +8,7 @@ the very program that the method used, and with the autoregressive program that 
 """
 
 import dataclasses
+import itertools
 import statistics
 import subprocess
 from collections import defaultdict
@@ -140,12 +141,12 @@ class Work(NamedTuple):
         """Compiles every (program, bucket) and fills the caches of merged weights."""
         seen = set()
         for _, rows in tqdm(self.batches, desc="warm-up", leave=False):
-            for name in self.methods:
-                buckets = {bucket_of(len(self.asks[i].request.ids), self.config.smallest_bucket) for i in rows}
-                kind = (name, tuple(sorted(buckets)), self.asks[rows[0]].oracle)
+            for i, name in itertools.product(rows, self.methods):
+                bucket = bucket_of(len(self.asks[i].request.ids), self.config.smallest_bucket)
+                kind = name, bucket, self.asks[i].oracle if self.config.batch == 1 else None
                 if kind not in seen:
                     seen.add(kind)
-                    self.decode(engines[name], name, rows, max_new_tokens=2)
+                    self.decode(engines[name], name, [i], max_new_tokens=2)
 
     def passes(self, engines: dict[str, Engine]) -> list[dict[str, list[Result]]]:
         """All methods on all batches, so many times; methods take turns on each batch."""
