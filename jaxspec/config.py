@@ -236,7 +236,7 @@ def _parse(config_type: type[Config], argv: list[str], program: str) -> Config:
     if default is not None and not isinstance(default, config_type):
         wanted, found = config_type.__name__, type(default).__name__
         raise UserError(f"--config: `experiment` is of type {found}, this command takes {wanted}; give flags instead")
-    known = {"default": default} if default else {}
+    known: dict[str, Any] = {"default": default} if default else {}
     return tyro.cli(config_type, prog=program, args=argv, **known)
 
 

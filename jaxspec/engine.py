@@ -25,9 +25,10 @@ FOREVER = 1 << 30
 _COMPILATIONS: list[float] = []  # seconds of each compilation of this process, as JAX tells them
 
 
-def _take_down(event: str, seconds: float, **facts: Any) -> None:
+def _take_down(event: str, duration_secs: float, **kwargs: Any) -> None:
+    del kwargs
     if event == "/jax/core/compile/backend_compile_duration":
-        _COMPILATIONS.append(seconds)
+        _COMPILATIONS.append(duration_secs)
 
 
 jax.monitoring.register_event_duration_secs_listener(_take_down)
