@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -279,10 +280,13 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
 
 
 def explain(engine: Engine) -> None:
-    """Prints the programs that an engine has compiled."""
-    print(f"{len(engine.compiled)} programs for {engine.slots} slots of {engine.room} tokens:")
+    """Prints the programs that an engine has compiled; one that was compiled for two layouts of its arguments is one."""
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
     for own in engine.compiled:
-        print(f"  {own.name:8} {own.shape:24} {own.seconds:7.2f} s")
+        seconds[own.name, own.shape] += own.seconds
+    print(f"{len(seconds)} programs for {engine.slots} slots of {engine.room} tokens:")
+    for (name, shape), spent in seconds.items():
+        print(f"  {name:8} {shape:24} {spent:7.2f} s")
 
 
 def _record(line: Line | Fault, completion: Completion) -> dict[str, Any]:

@@ -92,7 +92,11 @@ def test_records_do_not_depend_on_the_batch(jobs, tmp_path, settings):
 def test_explain_prints_programs_shapes_and_seconds(jobs, tmp_path, capsys):
     call(*jobs[0], "--output", tmp_path / "out.jsonl", "--explain")
     said = capsys.readouterr().out
-    assert re.search(r"^3 programs for 3 slots of \d+ tokens:$", said, re.M)
+    assert re.search(r"^[34] programs for 3 slots of \d+ tokens:$", said, re.M)
+    assert len(re.findall(r"^  (?:prefill|admit|chunk|halt) .* s$", said, re.M)) in (
+        3,
+        4,
+    )  # the host may have ended rows
     for name, shape in (("prefill", "1 x 32"), ("admit", "1 x 32"), ("chunk", r"3 x \d+")):
         assert re.search(rf"^  {name} +{shape} tokens +\d+\.\d\d s$", said, re.M)
 
