@@ -98,7 +98,7 @@ def test_a_job_of_two_hosts_goes_on_when_one_of_them_was_killed(pool, tmp_path):
     os.kill(job[1].pid, signal.SIGKILL)
     job[1].wait()
     assert 0 < answered(mine) < 300 and not output.exists()
-    job[0].terminate()
+    job[0].kill()
     job[0].wait()
     kept = mine.read_bytes()
     finish([start(process, os.getpid() + 1, argv) for process in range(2)])
