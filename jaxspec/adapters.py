@@ -85,7 +85,7 @@ def for_layer(adapter: Adapter | None, layer: int) -> dict:
     return dict.fromkeys((name for names in PROJECTIONS.values() for name in names), adapter)
 
 
-def routed(x: Array, kernel: Array, route: Array, width_out: int) -> Array:
+def by_route(x: Array, kernel: Array, route: Array, width_out: int) -> Array:
     """Each row `[B, T, in]` by the kernel of its route among those in `kernel [in, (tasks + 1) * out]`.
 
     A window is multiplied by all kernels, of which one product is kept: more bytes, no launch more. A prompt has its row's

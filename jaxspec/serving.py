@@ -19,9 +19,7 @@ from jaxspec.transformer import NARROW, LMConfig, abstract, lay_out
 from jaxspec.types import Drafter
 
 WIDE = 8  # columns of a window that is called wide
-STACK = (
-    1 << 28
-)  # bytes of all tasks' kernels up to which an accelerator reads them faster than it launches more products
+STACK = 1 << 28  # bytes of all tasks' kernels that an accelerator reads sooner than it launches more products
 
 
 def speculative(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", **shape: Any) -> Engine:

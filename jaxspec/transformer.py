@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxspec.adapters import Adapter, for_layer, low_rank, routed
+from jaxspec.adapters import Adapter, by_route, for_layer, low_rank
 
 PIECE = 512  # longer prompts are read piece by piece, so that attention's workspace does not grow with them
 COLUMNS = 16  # of a block, see `lay_out`: of 16, 32, 64 and 128 the best for windows of 2 to 5 rows
@@ -291,7 +291,8 @@ class _Dense(nnx.Module):
     def __call__(self, x: Array, update=None) -> Array:
         low = isinstance(update, tuple)
         kernel = self.kernel[...]
-        y = _product(x, kernel, self.width_out) if update is None or low else routed(x, kernel, update, self.width_out)
+        shared = update is None or low
+        y = _product(x, kernel, self.width_out) if shared else by_route(x, kernel, update, self.width_out)
         if self.bias is not None:
             y = y + self.bias[...]
         return y + low_rank(x, update) if low else y

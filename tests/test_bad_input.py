@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from decode import bench, generate, report
 from jaxspec.config import Experiment, check_numbers, command_line
 from jaxspec.store.huggingface import read_tokenizer, write_model
+from jaxspec.store.parts import alone
 from jaxspec.store.pool import load_pool
 from jaxspec.store.stages import write_arrays, write_json
 from jaxspec.store.trees import write_tree
@@ -202,6 +203,8 @@ def test_a_log_that_is_not_there(refused, preset, tmp_path, argv, parts):
         ("align", ["--align.learning-rates"], ["--align.learning-rates is empty", "at least one"]),
         ("calibrate", ["--calibrate.lengths", "2", "17"], ["(2, 17)", "between 0 and 16"]),
         ("calibrate", ["--calibrate.lengths"], ["--calibrate.lengths is empty", "at least one"]),
+        ("align", ["--align.trunk", "1.5"], ["--align.trunk 1.5", "from 0 to 1"]),
+        ("partition", ["--partition.min-clusters", "9", "--partition.max-clusters", "4"], ["min_clusters 9", "lower"]),
         ("partition", ["--partition.num-clusters", "49"], ["num_clusters 49", "the 48 prompts", "lower it"]),
         (
             "partition",
@@ -428,6 +431,38 @@ def test_a_line_that_asks_for_what_is_not_there(refused, pool, in_memory, tmp_pa
     sentence = refused("generate", *job(pool, file, tmp_path / "out.jsonl"))
     assert_says(sentence, f"{file}, line 2", *parts)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_output_that_another_program_wrote_is_left_as_it_is(refused, pool, in_memory, tmp_path):
+    """Also where it has the ids of the prompts, or no end of line."""
+    file = prompts_file(tmp_path, {"id": "a", "prompt": "stir"}, {"id": "b", "prompt": "bake"})
+    for content in (
+        '{"id": "a", "prompt": "stir"}\n',
+        '{"results": [1, 2]}',
+        '{"id": "a", "finish_reason": "stop"}\nnotes',
+    ):
+        (tmp_path / "out.jsonl").write_text(content)
+        assert_says(
+            refused("generate", *job(pool, file, tmp_path / "out.jsonl")), tmp_path / "out.jsonl", "choose another"
+        )
+        assert (tmp_path / "out.jsonl").read_text() == content
+
+
+def test_an_output_among_the_prompts(refused, pool, in_memory, tmp_path):
+    file = prompts_file(tmp_path, {"id": "a", "prompt": "stir"})
+    content = file.read_text()
+    for source, output in ((file, file), (tmp_path, tmp_path / "out.jsonl")):
+        assert_says(refused("generate", *job(pool, source, output)), f"--output {output} lies in", "another place")
+    assert file.read_text() == content and not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_output_that_is_being_written(refused, pool, in_memory, tmp_path):
+    file = prompts_file(tmp_path, {"id": "a", "prompt": "stir"})
+    with open(tmp_path / "out.jsonl", "ab") as out:
+        alone(out, tmp_path / "out.jsonl")
+        sentence = refused("generate", *job(pool, file, tmp_path / "out.jsonl"))
+    assert_says(sentence, "another process is writing", tmp_path / "out.jsonl", "--process")
+    assert (tmp_path / "out.jsonl").read_text() == ""
 
 
 def test_an_output_of_another_input(refused, pool, in_memory, tmp_path):

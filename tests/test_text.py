@@ -10,6 +10,7 @@ import jaxspec
 from decode import generate as job
 from jaxspec import text
 from jaxspec.config import UserError
+from jaxspec.store.pool import draft_length
 from jaxspec.text import LOST, Reader
 
 PROMPTS = ["stir the onion soup", "hoist our anchor before wind", "prove every prime ideal", "bake"]
@@ -69,7 +70,7 @@ def test_pieces_make_up_the_answers(loaded, answers):
 
 
 def test_asked_again_in_the_same_shape_nothing_compiles(loaded, answers):
-    engine = text.engine_of(loaded, loaded.facts["num_speculative_tokens"], "rejection", 3, SHAPE["room"], False)
+    engine = text.engine_of(loaded, draft_length(loaded.facts), "rejection", 3, SHAPE["room"], False)
     compiled = list(engine.compiled)
     assert compiled
     again = jaxspec.generate(loaded, [*PROMPTS[::-1], "bake the salt"], **SETTINGS | {"max_new_tokens": 31, "top_k": 3})
@@ -92,6 +93,8 @@ SHAPE = {"room": text.room_of(32, 32)}
         (["stir"], {"temperature": -0.5}, ["temperature -0.5", "from 0"]),
         (["stir"], {"top_p": 1.5}, ["top_p 1.5", "up to 1"]),
         (["stir"], {"max_new_tokens": 0}, ["max_new_tokens 0", "from 1"]),
+        (["stir"], {"acceptance": "gumbell"}, ["acceptance 'gumbell'", "rejection, gumbel"]),
+        (["stir"], {"batch": 0}, ["batch 0", "from 1"]),
         (["stir"], {"tempperature": 1.0}, ["unknown setting 'tempperature'"]),
         ([[{"role": "system", "content": "x"}]], {}, ["prompt 0", "(no system)"]),
     ],

@@ -19,7 +19,7 @@ from jaxspec import metrics, serving, sharding
 from jaxspec.config import Experiment, UserError, command_line, plain
 from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
 from jaxspec.store.models import read_pair
-from jaxspec.store.pool import BANK, MIXED, POINTS, ROUTER, TEST, known_pool
+from jaxspec.store.pool import BANK, MIXED, POINTS, ROUTER, TEST, draft_length, known_pool
 from jaxspec.store.stages import Stage, finish, manifest, open_stage, read_arrays, write_arrays, write_whole
 from jaxspec.store.traces import Traces, check_models, read_traces
 
@@ -40,12 +40,11 @@ def run(experiment: Experiment) -> None:
     facts = _facts(experiment, traces, partition)
     _assemble(experiment, stage, traces, partition)
     table = _measure(experiment, stage, facts, traces, partition)
-    best = max(table, key=lambda k: table[k]["tokens_per_second"])
-    finish(stage, **facts, calibration=table, num_speculative_tokens=best)
+    finish(stage, **facts, calibration=table)
     for k, row in table.items():
         accuracy = f", draft accuracy {row['draft_accuracy']:.3f}" if k else ", nothing drafted"
         print(f"calibrate: K = {k}: {row['tokens_per_second']:.1f} tokens/s{accuracy}")
-    print(f"calibrate: K = {best}; pool in {stage.folder}")
+    print(f"calibrate: K = {draft_length({'calibration': table})}; pool in {stage.folder}")
 
 
 def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
