@@ -143,7 +143,7 @@ class Work(NamedTuple):
         for _, rows in tqdm(self.batches, desc="warm-up", leave=False):
             for i, name in itertools.product(rows, self.methods):
                 bucket = bucket_of(len(self.asks[i].request.ids), self.config.smallest_bucket)
-                kind = name, bucket, self.asks[i].oracle if self.config.batch == 1 else None
+                kind = name, bucket, self.asks[i].cluster if self.config.batch == 1 else None
                 if kind not in seen:
                     seen.add(kind)
                     self.decode(engines[name], name, [i], max_new_tokens=2)
@@ -211,7 +211,7 @@ def _asks(config: Bench, pool: Pool) -> list[Ask]:
             top_k=config.top_k,
             top_p=config.top_p,
         )
-        asks.append(Ask(line, request, task, _oracle(pool, line)))
+        asks.append(Ask(line, request, task, _cluster(pool, line)))
     if too_long:
         print(f"bench: {too_long} prompts longer than {room} tokens were left out")
     if not asks:
@@ -219,12 +219,10 @@ def _asks(config: Bench, pool: Pool) -> list[Ask]:
     return asks
 
 
-def _oracle(pool: Pool, line: Line) -> int:
-    """The drafter whose cluster's majority label is the line's, the largest of them; the line's own cluster without labels."""
+def _cluster(pool: Pool, line: Line) -> int:
+    """The cluster whose majority label is the line's, the largest of them; the line's own cluster without labels."""
     own = [t for t, label in enumerate(pool.facts["labels"]) if label is not None and label == line.task]
-    if own:
-        return max(own, key=lambda t: pool.facts["sizes"][t])
-    return line.settings.get("cluster", BASE)
+    return max(own, key=lambda t: pool.facts["sizes"][t]) if own else line.settings.get("cluster", BASE)
 
 
 def _batches(asks: Sequence[Ask], config: Bench):
@@ -248,8 +246,9 @@ def _methods(config: Bench, pool: Pool, asks: Sequence[Ask]) -> dict[str, Chosen
     tasks = len(pool.tasks)
     rng = np.random.default_rng(config.seed)
     random = rng.integers(tasks, size=len(asks))
-    oracle = np.array([ask.oracle for ask in asks])
-    wrong = np.where(tasks > 1, (oracle + rng.integers(1, max(tasks, 2), size=len(asks))) % tasks, BASE)
+    own = np.array([ask.cluster for ask in asks])
+    oracle = np.array([*pool.drafters, BASE])[own]
+    wrong = np.where(tasks > 1, (own + rng.integers(1, max(tasks, 2), size=len(asks))) % tasks, BASE)
     beforehand = {"random": random, "wrong": wrong, "oracle": oracle}
     given, routed = serving.given(pool, config.batch), serving.routed(pool, config.batch)
     made = {}

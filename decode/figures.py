@@ -18,12 +18,12 @@ from jaxspec.store.stages import read_arrays
 
 
 class Ask(NamedTuple):
-    """A prompt of the bench: its line, request, task and the route that knowing its label gives."""
+    """A prompt of the bench: its line, request, task and the cluster that knowing its label gives, -1 for none."""
 
     line: Line
     request: Request
     task: str
-    oracle: int
+    cluster: int
 
 
 class Result(NamedTuple):
@@ -132,12 +132,16 @@ def _first_differences(pool: Pool, asks, by_row: dict, parity: dict) -> list[dic
 
 
 def router_figures(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass]) -> dict | None:
-    """Accuracy, cost and confusion of the router; None when `routed` was not measured."""
+    """Accuracy, cost and confusion of the router's tasks; None when `routed` was not measured.
+
+    A prompt of whose task the router was not sure enough has none, whoever drafts for it.
+    """
     if "routed" not in passes[0]:
         return None
     route = np.full(len(asks), BASE)
     for result in passes[0]["routed"]:
-        route[result.rows] = [completion.route for completion in result.completions]
+        sure = lambda completion: completion.confidence >= pool.facts["fallback_below"]
+        route[result.rows] = [own.task if sure(own) else BASE for own in result.completions]
     labels = pool.facts["labels"]
     known = [i for i, ask in enumerate(asks) if ask.task in labels or "cluster" in ask.line.settings]
     right = [_right(pool, asks[i], route[i]) for i in known]

@@ -56,13 +56,14 @@ def given(pool: Pool, slots: int) -> Method:
 
 
 def routed(pool: Pool, slots: int) -> Method:
-    """The router's own choice, where a request does not name its route."""
+    """The drafter of the router's choice of task, where a request does not name its route."""
     classify = jax.jit(router.probabilities)
+    drafters = np.array([*pool.drafters, router.BASE])  # the last is that of no task
 
     def route(features: np.ndarray) -> Routes:
         probability = np.asarray(classify(pool.router, features))
         chosen = router.choose(probability, pool.facts["fallback_below"])
-        return Routes(chosen, probability.argmax(-1), probability.max(-1))
+        return Routes(drafters[chosen], probability.argmax(-1), probability.max(-1))
 
     return Method("routed", route, adapted(pool, slots))
 

@@ -288,14 +288,15 @@ class _Dense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width_out)) if use_bias else None
         self.width_out = width_out
 
-    def __call__(self, x: Array, update=None) -> Array:
-        low = isinstance(update, tuple)
+    def __call__(self, x: Array, update: tuple[Array, Array] | Array | None = None) -> Array:
         kernel = self.kernel[...]
-        shared = update is None or low
-        y = _product(x, kernel, self.width_out) if shared else by_route(x, kernel, update, self.width_out)
+        if update is None or isinstance(update, tuple):
+            y = _product(x, kernel, self.width_out)
+        else:
+            y = by_route(x, kernel, update, self.width_out)
         if self.bias is not None:
             y = y + self.bias[...]
-        return y + low_rank(x, update) if low else y
+        return y + low_rank(x, update) if isinstance(update, tuple) else y
 
 
 class _Attention(nnx.Module):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from decode import throughput
@@ -12,7 +13,8 @@ from decode.throughput import Throughput
 from jaxspec import serving
 from jaxspec.adapters import Stacked
 from jaxspec.requests import Request
-from jaxspec.store.pool import load_pool
+from jaxspec.router import BASE
+from jaxspec.store.pool import draft_length, load_pool
 from jaxspec.transformer import NARROW
 
 FIELDS = {
@@ -62,6 +64,19 @@ def test_the_json_has_its_fields(bench):
     assert bench["tasks"]["one"]["autoregressive"]["speedup_vs_autoregressive"] == 1.0
     counts = bench["router"]["confusion"]["counts"]
     assert sum(map(sum, counts)) == 6
+
+
+def test_a_task_whose_drafter_gains_nothing_is_served_by_the_base_and_keeps_its_name(loaded):
+    k = draft_length(loaded.facts)
+    even = {"base": [[2.0] * 17] * 3, "own": [[2.0] * 17, [2.0] * k + [2.5] + [1.0] * (16 - k), None]}
+    pool = dataclasses.replace(loaded, facts={**loaded.facts, "acceptance_length": even, "fallback_below": 0.0})
+    assert pool.drafters == [BASE, 1, 2]
+    features = np.random.default_rng(0).normal(size=(64, loaded.pair.target.config.width)).astype(np.float32)
+    found = serving.routed(pool, 1).route(features)
+    assert set(found.task) == {0, 1, 2}
+    assert (found.route == np.where(found.task == 0, BASE, found.task)).all()
+    unsure = dataclasses.replace(pool, facts={**pool.facts, "fallback_below": 1.1})
+    assert (serving.routed(unsure, 1).route(features).route == BASE).all()
 
 
 def test_a_pool_laid_out_for_a_cpu_gives_the_same_texts_by_every_method(pool, monkeypatch):

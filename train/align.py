@@ -25,12 +25,12 @@ from jaxspec import sharding
 from jaxspec.adapters import init_bank, scaled
 from jaxspec.align import DIVERGENCES, Aligner, AlignState, Batch, aligner, optimiser, schedule
 from jaxspec.config import Experiment, UserError, command_line, plain
+from jaxspec.forced import log_q
 from jaxspec.packing import as_batch, packed_rows, places
 from jaxspec.store.huggingface import Model, read_config, read_model
 from jaxspec.store.stages import finish, is_writer, manifest, open_stage, read_arrays, write_json
 from jaxspec.store.traces import Traces, check_models, read_traces
 from jaxspec.store.trees import Checkpoints, write_tree
-from jaxspec.transformer import forward, unembed
 
 CALIBRATE_ROWS = 8
 SEARCH_WARMUP = 0.3  # in a short run a high rate would be met before Adam knows its scale
@@ -143,19 +143,13 @@ def _aligner(experiment: Experiment, log_q: Callable) -> Aligner:
 
 
 def _lora_log_q(draft: Model, scale: float, vocab_size: int, frozen, adapter, tokens, segments, at):
-    return _log_q(draft, vocab_size, frozen, scaled(adapter, scale), tokens, segments, at)
+    return log_q(draft.config, frozen, scaled(adapter, scale), tokens, segments, at, vocab_size)
 
 
 def _full_log_q(draft: Model, vocab_size: int, frozen, params, tokens, segments, at):
     del frozen
     weights = jax.tree.map(lambda master, leaf: master.astype(leaf.dtype), params, draft.params)
-    return _log_q(draft, vocab_size, weights, None, tokens, segments, at)
-
-
-def _log_q(draft: Model, vocab_size: int, weights, adapter, tokens, segments, at):
-    hidden = forward(draft.config, weights, tokens, segments=segments, adapter=adapter)
-    hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
-    return jax.nn.log_softmax(unembed(draft.config, weights, hidden, vocab_size), axis=-1)
+    return log_q(draft.config, weights, None, tokens, segments, at, vocab_size)
 
 
 def _train(experiment: Experiment, traces: Traces, course: Course, folder: Path, mesh: Mesh) -> dict:

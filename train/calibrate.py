@@ -2,24 +2,27 @@
 
     python -m train.calibrate --config configs/testbed.py --out runs/testbed ...
 
-The calibrate split is decoded, routed, greedily and one prompt at a time (on a mesh, one for each part of the rows),
-with each number of drafted tokens; passes interleave, and the number with the most tokens per second is the pool's. It
-is 0 where speculation does not pay.
+Prompts of the calibrate split are decoded by their tasks' drafters, greedily and one at a time (on a mesh, one for each
+part of the rows), with each number of drafted tokens; passes interleave, and the number with the most tokens per second is
+the pool's. It is 0 where speculation does not pay. What every drafter would have had accepted there, at any number, follows
+from one pass over the target's texts; a task whose own drafter gains nothing over the base by it is served by the base.
 """
 
 import json
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxspec import metrics, serving, sharding
+from jaxspec import forced, metrics, serving, sharding
 from jaxspec.config import Experiment, UserError, command_line, plain
 from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
 from jaxspec.store.models import read_pair
-from jaxspec.store.pool import BANK, MIXED, POINTS, ROUTER, TEST, draft_length, known_pool
+from jaxspec.store.pool import BANK, MIXED, POINTS, ROUTER, TEST, Pool, draft_length, known_pool, served_by_base
 from jaxspec.store.stages import Stage, finish, manifest, open_stage, read_arrays, write_arrays, write_whole
 from jaxspec.store.traces import Traces, check_models, read_traces
 
@@ -39,12 +42,18 @@ def run(experiment: Experiment) -> None:
     partition = read_arrays(Path(experiment.out, "partition", "partition.npz"))
     facts = _facts(experiment, traces, partition)
     _assemble(experiment, stage, traces, partition)
-    table = _measure(experiment, stage, facts, traces, partition)
-    finish(stage, **facts, calibration=table)
+    pool = known_pool(stage.folder, facts, digest="not yet calibrated", mesh=sharding.asked(experiment.mesh))
+    facts["acceptance_length"] = _acceptance_length(pool, traces, partition)
+    table = _measure(experiment, pool, traces, partition)
+    facts["calibration"] = table
+    finish(stage, **facts)
     for k, row in table.items():
         accuracy = f", draft accuracy {row['draft_accuracy']:.3f}" if k else ", nothing drafted"
         print(f"calibrate: K = {k}: {row['tokens_per_second']:.1f} tokens/s{accuracy}")
-    print(f"calibrate: K = {draft_length({'calibration': table})}; pool in {stage.folder}")
+    left = [f"{pool.tasks[t]} ({pool.facts['labels'][t]})" for t, base in enumerate(served_by_base(facts)) if base]
+    if left:
+        print(f"calibrate: the base drafter serves {', '.join(left)}, where it has no less accepted than their own")
+    print(f"calibrate: K = {draft_length(facts)}; pool in {stage.folder}")
 
 
 def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
@@ -98,23 +107,41 @@ def _assemble(experiment: Experiment, stage: Stage, traces: Traces, partition: d
     write_arrays(stage.folder / POINTS, points)
 
 
-def _measure(experiment: Experiment, stage: Stage, facts: dict, traces: Traces, partition: dict) -> dict[int, dict]:
+def _acceptance_length(pool: Pool, traces: Traces, partition: dict) -> dict[str, list[list[float] | None]]:
+    """Tokens a round of `base`, `mixed` and each task's `own` drafter, by task and number of drafted tokens from 0 on.
+
+    None for a task without prompts in the calibrate split.
+    """
+    draft, vocab_size = pool.pair.draft.config, pool.pair.vocab_size
+    best = jax.jit(partial(forced.greedy, draft, vocab_size=vocab_size))
+    row_tokens = bucket_of(max(map(len, traces.tokens)))
+    weights = {"base": lambda t: pool.pair.draft.params, "mixed": lambda t: pool.mixed, "own": pool.specialist}
+    table: dict[str, list[list[float] | None]] = {name: [] for name in weights}
+    for task in tqdm(range(len(pool.tasks)), desc="calibrate: acceptance", unit="task"):
+        examples = np.flatnonzero((partition["split"] == 1) & (partition["task"] == task)).tolist()
+        for name, own in weights.items():
+            texts = forced.agreements(partial(best, own(task)), traces, examples, row_tokens)
+            lengths = [forced.acceptance_length(texts, k) for k in range(MAX_DRAFT + 1)]
+            table[name].append(lengths if examples else None)
+    return table
+
+
+def _measure(experiment: Experiment, pool: Pool, traces: Traces, partition: dict) -> dict[int, dict]:
     spec = experiment.calibrate
-    mesh = sharding.asked(experiment.mesh)
-    pool = known_pool(stage.folder, facts, digest="not yet calibrated", mesh=mesh)
-    slots = sharding.num_row_parts(mesh) if mesh else 1
+    slots = sharding.num_row_parts(pool.mesh) if pool.mesh else 1
     rows = _sample(experiment, traces, partition)
     requests = [
         Request(
             ids=tuple(traces.tokens[i][: traces.prompt_length[i]].tolist()),
             max_new_tokens=spec.max_new_tokens,
             number=int(i),
+            route=int(partition["task"][i]),
         )
         for i in rows
     ]
     room = room_of(bucket_of(max(len(r.ids) for r in requests)), spec.max_new_tokens)
     engines = {k: serving.speculative(pool, k, slots=slots, room=room) for k in spec.lengths}
-    method = serving.routed(pool, slots)
+    method = serving.given(pool, slots)
     seconds: dict[int, list[float]] = {k: [] for k in spec.lengths}
     counts: dict[int, list] = {}
     with tqdm(total=(spec.passes + 1) * len(engines), desc="calibrate", unit="pass") as bar:

@@ -12,7 +12,7 @@ from jaxspec import router, sharding
 from jaxspec.adapters import Bank, init_bank, merge
 from jaxspec.config import UserError
 from jaxspec.requests import MAX_DRAFT, checked
-from jaxspec.router import RouterParams
+from jaxspec.router import BASE, RouterParams
 from jaxspec.store.models import Pair, read_pair
 from jaxspec.store.stages import MANIFEST, read_json
 from jaxspec.store.trees import read_tree
@@ -47,6 +47,11 @@ class Pool:
     @property
     def tasks(self) -> list[str]:
         return self.facts["tasks"]
+
+    @property
+    def drafters(self) -> list[int]:
+        """The route that serves each task: its own, or the base where that accepts no less."""
+        return [BASE if base else task for task, base in enumerate(served_by_base(self.facts))]
 
     def specialist(self, task: int) -> dict:
         """Weights of one task's drafter, merged; the base's own for a negative task."""
@@ -91,6 +96,13 @@ def draft_length(facts: dict, asked: int | None = None, least: int = 0) -> int:
     if checked("num_speculative_tokens", asked) < least:
         raise UserError(f"num_speculative_tokens {asked} must lie between {least} and {MAX_DRAFT}")
     return asked
+
+
+def served_by_base(facts: dict) -> list[bool]:
+    """For each task whether its own drafter gains nothing over the base at the draft length that calibration chose."""
+    k = draft_length(facts)
+    lengths = facts["acceptance_length"]
+    return [own is not None and own[k] <= base[k] for own, base in zip(lengths["own"], lengths["base"], strict=True)]
 
 
 def known_pool(

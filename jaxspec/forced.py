@@ -1,0 +1,90 @@
+"""Teacher forcing: what a drafter says along a text that the target has emitted already, and the rounds that follow from it.
+
+Under greedy decoding a drafter sees nothing but the target's own tokens, so one pass over a finished text tells each round
+that any draft length would have had there, exactly; the target does not run.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxspec.packing import as_batch, pack, places
+from jaxspec.store.traces import Traces
+from jaxspec.transformer import LMConfig, forward, unembed
+
+ROWS = 8  # packed rows in a pass
+
+
+class Rounds(NamedTuple):
+    """How many rounds a text takes, and up to its end the tokens drafted and accepted in them."""
+
+    rounds: int
+    drafted: int
+    accepted: int
+
+
+def log_q(
+    config: LMConfig, weights: dict, adapter, tokens: Array, segments: Array, at: Array, vocab_size: int
+) -> Array:
+    """A drafter's log-probabilities at places `at [R, M]` of packed rows `[R, T]`: `[R, M, V]`."""
+    hidden = forward(config, weights, tokens, segments=segments, adapter=adapter)
+    hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
+    return jax.nn.log_softmax(unembed(config, weights, hidden, vocab_size), axis=-1)
+
+
+def greedy(config: LMConfig, weights: dict, tokens: Array, segments: Array, at: Array, vocab_size: int) -> Array:
+    """A drafter's best tokens at those places: `[R, M]`."""
+    return jnp.argmax(log_q(config, weights, None, tokens, segments, at, vocab_size), axis=-1)
+
+
+def agreements(
+    best: Callable[..., Array], traces: Traces, examples: Sequence[int], row_tokens: int
+) -> list[np.ndarray]:
+    """For each example its output places `[O]` at which a drafter's best token is the target's.
+
+    Args:
+        best: (tokens, segments, at) -> the drafter's best tokens; compiled once, for packed rows of `row_tokens`.
+    """
+    if not examples:
+        return []
+    rows = pack([len(own) for own in traces.tokens], examples, row_tokens)
+    room = places(traces, rows, row_tokens)
+    found: dict[int, np.ndarray] = {}
+    for start in range(0, len(rows), ROWS):
+        group = rows[start : start + ROWS]
+        batch = as_batch(traces, [*group, *[[]] * (ROWS - len(group))], row_tokens, room)
+        said = best(batch.tokens, batch.segments, batch.at)
+        batch, agree = jax.device_get((batch, said == batch.top_ids[..., 0]))
+        for r, row in enumerate(group):
+            owner = batch.segments[r, batch.at[r]]
+            for segment, i in enumerate(row):
+                found[i] = agree[r, batch.mask[r] & (owner == segment)]
+    return [found[i] for i in examples]
+
+
+def chain(agrees: np.ndarray, num_speculative_tokens: int) -> Rounds:
+    """Greedy rounds of one text, of whose places `agrees [O]` says where the drafter's best token is the target's.
+
+    Every round, the first of them after the prompt, drafts so many tokens and emits those accepted and one more.
+    """
+    end = len(agrees)
+    run = np.zeros(end + 1, np.int64)  # agreeing places from here on
+    for place in reversed(range(end)):
+        run[place] = run[place + 1] + 1 if agrees[place] else 0
+    at, rounds, drafted, accepted = 0, 0, 0, 0
+    while at < end:
+        kept = min(int(run[at]), num_speculative_tokens)
+        rounds, accepted = rounds + 1, accepted + kept
+        drafted += min(num_speculative_tokens, end - at)
+        at += kept + 1
+    return Rounds(rounds, drafted, accepted)
+
+
+def acceptance_length(texts: Sequence[np.ndarray], num_speculative_tokens: int) -> float:
+    """Tokens a round over all texts; 1 where there is no text."""
+    rounds = sum(chain(agrees, num_speculative_tokens).rounds for agrees in texts)
+    return sum(map(len, texts)) / rounds if rounds else 1.0
