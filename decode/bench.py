@@ -28,12 +28,12 @@ from jaxspec.engine import Engine, Method
 from jaxspec.requests import Request, bucket_of, room_of
 from jaxspec.router import BASE
 from jaxspec.store.models import encode
-from jaxspec.store.pool import TEST, Pool, draft_length, load_pool
+from jaxspec.store.pool import TEST, Pool, draft_length, draft_lengths, load_pool
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import write_json
 
 REFILLS = 4  # prompts that a slot serves in one measured batch
-METHODS = ("autoregressive", "base", "mixed", "routed", "random", "wrong", "oracle")
+METHODS = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "wrong", "oracle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,9 @@ class Bench:
     """First prompts taken of each task."""
     json: str = ""
     """File for the results."""
-    methods: tuple[str, ...] = ("autoregressive", "base", "mixed", "routed", "random", "oracle")
-    """Any of autoregressive, base, mixed, routed, random, wrong, oracle."""
+    methods: tuple[str, ...] = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "oracle")
+    """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle: `routed` drafts with the drafter of the
+    prompt's task, `chosen` with the drafter and, one prompt at a time, the draft length that promise the most."""
     batch: int = 1
     """Slots: prompts decoded together; a finished one's slot is filled again."""
     admit_rows: int = 1
@@ -97,10 +98,15 @@ def run(config: Bench) -> None:
     k = draft_length(pool.facts, config.num_speculative_tokens, least=1)
     rule = config.acceptance if config.temperature > 0 else "greedy"
     shape = _shape(config, asks)
-    spec = serving.speculative(pool, k, rule, **shape)
-    work = Work(config, asks, batches, _methods(config, pool, asks))
+    lengths = draft_lengths(pool.facts, config.num_speculative_tokens, config.batch)
+    work = Work(config, asks, batches, _methods(config, pool, asks, lengths))
     width, autoregressive = _fastest(work, pool, shape, rule)
-    engines = {name: autoregressive if name == "autoregressive" else spec for name in work.methods}
+    special = {
+        "autoregressive": autoregressive,
+        "chosen": serving.speculative(pool, max(lengths), rule, shorter=lengths, **shape),
+    }
+    spec = serving.speculative(pool, k, rule, **shape)
+    engines = {name: special.get(name, spec) for name in work.methods}
     work.warm_up(engines)
     passes = work.passes(engines)
     parity = {} if rule == "rejection" else work.parity(engines)
@@ -242,7 +248,7 @@ def _shape(config: Bench, asks: Sequence[Ask]) -> dict:
     return {"slots": config.batch, "room": room, "admit_rows": config.admit_rows, "smallest": config.smallest_bucket}
 
 
-def _methods(config: Bench, pool: Pool, asks: Sequence[Ask]) -> dict[str, Chosen]:
+def _methods(config: Bench, pool: Pool, asks: Sequence[Ask], lengths: Sequence[int]) -> dict[str, Chosen]:
     tasks = len(pool.tasks)
     rng = np.random.default_rng(config.seed)
     random = rng.integers(tasks, size=len(asks))
@@ -250,11 +256,15 @@ def _methods(config: Bench, pool: Pool, asks: Sequence[Ask]) -> dict[str, Chosen
     oracle = np.array([*pool.drafters, BASE])[own]
     wrong = np.where(tasks > 1, (own + rng.integers(1, max(tasks, 2), size=len(asks))) % tasks, BASE)
     beforehand = {"random": random, "wrong": wrong, "oracle": oracle}
-    given, routed = serving.given(pool, config.batch), serving.routed(pool, config.batch)
+    given = serving.given(pool, config.batch)
+    by_router = {
+        "routed": lambda: serving.routed(pool, config.batch),
+        "chosen": lambda: serving.chosen(pool, config.batch, lengths),
+    }
     made = {}
     for name in dict.fromkeys(("autoregressive", *config.methods)):
-        if name == "routed":
-            made[name] = Chosen(routed)
+        if name in by_router:
+            made[name] = Chosen(by_router[name]())
         elif name in beforehand:
             made[name] = Chosen(given, beforehand[name])
         else:

@@ -173,7 +173,7 @@ def _parted(pool: Pool, requests: Sequence[Request], first: Texts, other: Texts)
 
 
 def _methods(pool: Pool, slots: int) -> dict[str, Method]:
-    one = LMDrafterParams(serving.laid(pool.specialist(0), slots))
+    one = LMDrafterParams(serving.laid(pool.weights(0), slots))
     return {
         "autoregressive": serving.always(pool, "autoregressive", slots),
         "base": serving.always(pool, "base", slots),

@@ -118,6 +118,8 @@ class Calibrate:
     """Interleaved passes; the fastest pass of each length counts."""
     max_new_tokens: int = 64
     """Longest completion while measuring."""
+    texts: int = 48
+    """Calibrate texts of each task on which every drafter's acceptance is read off."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,12 @@
 The programs of `jaxspec.slots` do the work on the device; here the host decides who goes where, and reads what came out.
 """
 
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +17,7 @@ import numpy as np
 from jaxspec.metrics import counts
 from jaxspec.recording import NOTHING, Recorder
 from jaxspec.requests import MAX_DRAFT, Completion, Request, as_prompt, as_sampling, as_tokens, bucket_of
-from jaxspec.slots import Slots, empty_slots, programs
+from jaxspec.slots import Programs, Slots, empty_slots, programs
 from jaxspec.types import ONE_DEVICE, Drafter, Placement, Rule, SpecParams, Target
 from jaxspec.verify import greedy
 
@@ -35,11 +37,16 @@ jax.monitoring.register_event_duration_secs_listener(_take_down)
 
 
 class Routes(NamedTuple):
-    """What a router says of R prompts: the drafter that serves each (-1 the base), its likeliest task and how likely."""
+    """What a router says of R prompts.
+
+    route: the drafter that serves each, -1 the base; task, confidence: its likeliest task and how likely.
+    num_speculative_tokens: how many tokens to draft a round, where the engine has programs of several lengths.
+    """
 
     route: np.ndarray
     task: np.ndarray
     confidence: np.ndarray
+    num_speculative_tokens: np.ndarray | None = None
 
 
 class Method(NamedTuple):
@@ -91,6 +98,7 @@ class _Row:
     index: int
     request: Request
     route: int
+    num_speculative_tokens: int
     task: int
     confidence: float
     features: np.ndarray
@@ -103,6 +111,8 @@ class Engine:
     Args:
         target, drafter, rule, recorder: what is composed, see `programs`; the rule `greedy` decodes every row greedily, any
             other serves rows of all sampling settings.
+        shorter: drafters with the drafter's state that draft fewer tokens, by how many. With one slot a row has a program of
+            its own length; more slots share the longest.
         target_params, prefill_params: the target's parameters, as the window wants them and as prompts do.
         slots: B, rows decoded together.
         room: tokens that a slot holds, see `room_of`.
@@ -123,6 +133,7 @@ class Engine:
         room: int,
         vocab_size: int,
         prefill_params=None,
+        shorter: Mapping[int, Drafter] = MappingProxyType({}),
         admit_rows: int = 1,
         smallest: int = 32,
         recorder: Recorder = NOTHING,
@@ -134,6 +145,8 @@ class Engine:
             )
         own = {"stop_tokens": stop_tokens, "recorder": recorder, "placement": placement}
         self.programs = programs(target, drafter, rule, **own)
+        of_length = {k: programs(target, other, rule, **own) for k, other in shorter.items()} if slots == 1 else {}
+        self.lengths = {**of_length, drafter.num_nodes: self.programs}
         self._place, self._settle = placement.rows, jax.jit(placement.state)
         self.slots, self.room, self.vocab_size, self.smallest = slots, room, vocab_size, smallest
         self.admit_rows, self.sampled = min(admit_rows, slots), rule is not greedy
@@ -145,7 +158,6 @@ class Engine:
             target, drafter, rule, params, slots=slots, room=room, sampled=self.sampled, recorder=recorder
         )
         self._states: dict[Any, Slots] = {}
-        self._width = f"{slots} x {self.programs.num_nodes + 1} tokens"
 
     def complete(self, requests: Sequence[Request], method: Method) -> list[Completion]:
         """Completions in the order of the requests; `self.seconds` tells what they took."""
@@ -180,11 +192,16 @@ class Engine:
             with self._clock("decode"):
                 floor = len(rows) - min(self.admit_rows, len(waiting)) if waiting else 0
                 limits = np.int32(floor), np.int32(rounds)
-                state = self._call("chunk", self._width, self._params(method, rows), state, *limits)
+                state = self._chunk(rows, self._params(method, rows), state, *limits)
                 state, updates = self._read(state, rows, rounds < FOREVER, ended)
             yield from updates
         if state is not None:
             self._states[kind] = state
+
+    def _chunk(self, rows: dict[int, _Row], *arguments) -> Slots:
+        k = max(row.num_speculative_tokens for row in rows.values())
+        width = f"{self.slots} x {self.lengths[k].num_nodes + 1} tokens"
+        return self._call("chunk", width, *arguments, programs=self.lengths[k])
 
     def _params(self, method: Method, rows: dict[int, _Row]) -> SpecParams:
         routes = np.full(self.slots, next((row.route for row in rows.values()), -1))
@@ -208,16 +225,25 @@ class Engine:
         with self._clock("route"):
             found = method.route(features)
             routes = [int(own) if r.route is None else r.route for r, own in zip(requests, found.route, strict=False)]
+            lengths = self._lengths(requests, found)
         with self._clock("decode"):
             empty = [slot for slot in range(self.slots) if slot not in rows][: len(requests)]
             for i, (slot, (index, request)) in enumerate(zip(empty, group, strict=True)):
                 own = int(found.task[i]), float(found.confidence[i]), features[i]
-                rows[slot] = _Row(index, request, routes[i], *own)
+                rows[slot] = _Row(index, request, routes[i], lengths[i], *own)
             where = np.array([*empty, *[self.slots] * (self.admit_rows - len(empty))], np.int32)
             prompt = as_prompt(requests, self.admit_rows, bucket, routes)
             sampling = as_sampling(requests, self.admit_rows, self.vocab_size) if self.sampled else None
             own = state, self._place(prompt), target_state, self._place(sampling), where
             return self._call("admit", _grid(tokens), self._params(method, rows), *own)
+
+    def _lengths(self, requests: Sequence[Request], found: Routes) -> list[int]:
+        """Each row's draft length: its own wish, else the router's, else the longest; one of those that there are."""
+        longest = self.programs.num_nodes
+        said = [longest] * len(requests) if found.num_speculative_tokens is None else found.num_speculative_tokens
+        wanted = [r.num_speculative_tokens for r in requests]
+        wanted = [int(k) if own is None else own for own, k in zip(wanted, said, strict=False)]
+        return [min((k for k in self.lengths if k >= own), default=longest) for own in wanted]
 
     def _read(self, state: Slots, rows: dict[int, _Row], streaming: bool, ended) -> tuple[Slots, list[Update]]:
         """Updates of the rows; finished ones are taken out of `rows`, and those that `ended` ends are halted."""
@@ -259,6 +285,7 @@ class Engine:
                 finish_reason=reason,
                 counts=counts(*own, begin, end, self.programs.num_nodes),
                 route=row.route,
+                num_speculative_tokens=row.num_speculative_tokens,
                 task=row.task,
                 confidence=row.confidence,
                 features=row.features,
@@ -268,14 +295,14 @@ class Engine:
 
     def warm_up(self, method: Method, buckets: Iterable[int]) -> None:
         """Compiles all that prompts of these buckets need; after it nothing compiles."""
-        for bucket in buckets:
-            self.complete([Request(ids=(0,) * bucket, max_new_tokens=1)], method)
+        for bucket, k in itertools.product(buckets, self.lengths):
+            self.complete([Request(ids=(0,) * bucket, max_new_tokens=1, num_speculative_tokens=k)], method)
         kind = jax.tree.structure(method.drafter_params(np.full(self.slots, -1)))
         self._states[kind] = self._call("halt", "", self._states[kind], np.zeros(self.slots, bool))
 
-    def _call(self, name: str, shape: str, *arguments):
+    def _call(self, name: str, shape: str, *arguments, programs: Programs | None = None):
         """Calls a program, and takes down what it compiles."""
-        program = getattr(self.programs, name)
+        program = getattr(programs or self.programs, name)
         known, start = len(_COMPILATIONS), time.perf_counter()
         out = program(*arguments)
         if len(_COMPILATIONS) > known:

@@ -39,6 +39,7 @@ class Request:
     """One prompt as token ids, and how to answer it; `number` and `seed` name its random stream.
 
     route: the drafter that must serve it, None leaves it to the router.
+    num_speculative_tokens: which of the engine's programs decodes it, by tokens drafted a round; None leaves it to the router.
     """
 
     ids: tuple[int, ...]
@@ -50,12 +51,14 @@ class Request:
     top_p: float | None = None
     draft_limit: int = MAX_DRAFT
     route: int | None = None
+    num_speculative_tokens: int | None = None
 
 
 class Completion(NamedTuple):
     """What came out: token ids with the stop token, `stop` or `length`, and the row's counts.
 
-    route: who drafted, -1 the base; task, confidence: the router's likeliest task and how likely it was.
+    route: who drafted, -1 the base; num_speculative_tokens: tokens drafted a round by the program that it had.
+    task, confidence: the router's likeliest task and how likely it was.
     features: `[H]` the target's pooled prefill states; record: what the recorder gathered of the row.
     """
 
@@ -63,6 +66,7 @@ class Completion(NamedTuple):
     finish_reason: str
     counts: Counts
     route: int
+    num_speculative_tokens: int
     task: int
     confidence: float
     features: np.ndarray

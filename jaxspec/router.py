@@ -1,6 +1,8 @@
-"""The prompt classifier: a Flax MLP from the target's pooled prefill features to tasks, and its fallback to the base.
+"""The prompt classifier: a Flax MLP from the target's pooled prefill features to tasks; and what follows from its answer.
 
-The features are paid for by the prefill that happens anyway, so routing costs one small product a prompt.
+The features are paid for by the prefill that happens anyway, so routing costs one small product a prompt. A task's own
+drafter is one choice; another is whichever drafter and draft length promise the most tokens per second, by what each had
+accepted on each task and by what a round of each length takes on the device.
 """
 
 from typing import NamedTuple
@@ -53,6 +55,22 @@ def choose(probability: np.ndarray, fallback_below: float) -> np.ndarray:
     """Routes `[B]`: the likeliest task, or BASE where it is less likely than `fallback_below`."""
     likeliest = probability.argmax(-1)
     return np.where(probability.max(-1) < fallback_below, BASE, likeliest)
+
+
+def token_seconds(acceptance_length: np.ndarray, round_seconds: np.ndarray) -> np.ndarray:
+    """Expected seconds a token: `[D, T, K]` tokens a round by drafter, task and draft length, `[K]` -> `[D, T, K]`."""
+    return round_seconds / acceptance_length
+
+
+def fastest(probability: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Drafter `[B]` and draft length `[B]`, as indices of `seconds [D, T, K]`, of the least expected seconds a token.
+
+    Args:
+        probability: `[B, T]` of the tasks, so that a prompt between tasks gets what serves both.
+    """
+    expected = np.einsum("bt,dtk->bdk", probability, seconds)
+    best = expected.reshape(len(expected), -1).argmin(-1)
+    return np.unravel_index(best, expected.shape[1:])
 
 
 def train(

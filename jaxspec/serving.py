@@ -1,7 +1,7 @@
 """A pool at work: engines that decode with it, and for each way of choosing a drafter the routes and the weights."""
 
-from collections.abc import Callable
-from functools import cache, lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.sharding import over
-from jaxspec.store.pool import Pool
+from jaxspec.store.pool import Pool, expected_seconds
 from jaxspec.target import lm_target
 from jaxspec.transformer import NARROW, LMConfig, abstract, lay_out
 from jaxspec.types import Drafter
@@ -22,20 +22,26 @@ WIDE = 8  # columns of a window that is called wide
 STACK = 1 << 28  # bytes of all tasks' kernels that an accelerator reads sooner than it launches more products
 
 
-def speculative(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", **shape: Any) -> Engine:
+def speculative(
+    pool: Pool, num_speculative_tokens: int, rule: str = "greedy", *, shorter: Sequence[int] = (), **shape: Any
+) -> Engine:
     """Speculative decoding with an LM drafter; weights and routes are arguments of its programs.
 
     Args:
         num_speculative_tokens: drafted a round; 0 is autoregressive decoding, two wide on accelerators, where one
             column is slower than two.
+        shorter: smaller numbers that, with one slot, some rows draft instead.
         rule: a name in `verify.RULES`; `greedy` decodes every row greedily.
         shape: `slots`, `room` and what else an `Engine` takes.
     """
-    pair, dtype = pool.pair, _dtype(pool)
+    idle = 0 if jax.default_backend() == "cpu" else 1
     if num_speculative_tokens == 0:
-        return autoregressive(pool, 1 if jax.default_backend() == "cpu" else 2, rule, **shape)
-    drafter = lm_drafter(pair.draft.config, num_speculative_tokens, vocab_size=pair.vocab_size, dtype=dtype)
-    return _engine(pool, drafter, rule, **shape)
+        return autoregressive(pool, 1 + idle, rule, **shape)
+    pair = pool.pair
+    lm = partial(lm_drafter, pair.draft.config, vocab_size=pair.vocab_size, dtype=_dtype(pool))
+    drafter = lm(num_speculative_tokens)
+    fewer = {k: lm(k) if k else silent_drafter(idle, drafter.init) for k in shorter if k < num_speculative_tokens}
+    return _engine(pool, drafter, rule, shorter=fewer, **shape)
 
 
 def autoregressive(pool: Pool, width: int, rule: str = "greedy", **shape: Any) -> Engine:
@@ -45,8 +51,7 @@ def autoregressive(pool: Pool, width: int, rule: str = "greedy", **shape: Any) -
 
 def always(pool: Pool, name: str, slots: int) -> Method:
     """`autoregressive`, `base` or `mixed`: the same drafter for every prompt."""
-    weights = {"autoregressive": None, "base": pool.pair.draft.params, "mixed": pool.mixed}[name]
-    params = () if weights is None else LMDrafterParams(laid(weights, slots))
+    params = () if name == "autoregressive" else LMDrafterParams(laid(pool.weights(pool.names.index(name)), slots))
     return Method(name, unrouted, lambda routes: params)
 
 
@@ -57,15 +62,49 @@ def given(pool: Pool, slots: int) -> Method:
 
 def routed(pool: Pool, slots: int) -> Method:
     """The drafter of the router's choice of task, where a request does not name its route."""
-    classify = jax.jit(router.probabilities)
     drafters = np.array([*pool.drafters, router.BASE])  # the last is that of no task
+
+    def choose(probability: np.ndarray) -> tuple[np.ndarray, None]:
+        return drafters[router.choose(probability, pool.facts["fallback_below"])], None
+
+    return Method("routed", _classifier(pool, choose), adapted(pool, slots))
+
+
+def chosen(pool: Pool, slots: int, lengths: Sequence[int], *, bank: bool = False) -> Method:
+    """Whichever drafter, and with one slot draft length among `lengths`, promises the most tokens per second.
+
+    Several slots share the longest length, and draft with the bank, which the mixed drafter is no part of; where it promises
+    more it serves all of them, unless requests name drafters of the `bank`.
+    """
+    alone, mixed = slots == 1, len(pool.tasks)
+    lengths = lengths if alone else [max(lengths)]
+    seconds = expected_seconds(pool.facts, lengths)
+    if not alone:
+        share = np.array(pool.facts["sizes"]) / sum(pool.facts["sizes"])
+        of_bank = np.delete(seconds, mixed, axis=0).min(0)
+        united = not bank and share @ seconds[mixed, :, 0] <= share @ of_bank[:, 0]
+        seconds[np.arange(mixed + 2) != mixed if united else mixed] = np.inf
+
+    def choose(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        drafter, length = router.fastest(probability, seconds)
+        k = np.array(lengths)[length]
+        return np.where((drafter == mixed + 1) | (k == 0), router.BASE, drafter), k
+
+    if alone or np.isinf(seconds[mixed]).all():
+        return Method("chosen", _classifier(pool, choose), adapted(pool, slots))
+    return always(pool, "mixed", slots)._replace(name="chosen", route=_classifier(pool, choose))
+
+
+def _classifier(pool: Pool, choose: Callable) -> Callable[[np.ndarray], Routes]:
+    """Features -> Routes; `choose` makes routes and draft lengths of the tasks' probabilities."""
+    classify = jax.jit(router.probabilities)
 
     def route(features: np.ndarray) -> Routes:
         probability = np.asarray(classify(pool.router, features))
-        chosen = router.choose(probability, pool.facts["fallback_below"])
-        return Routes(drafters[chosen], probability.argmax(-1), probability.max(-1))
+        drafter, length = choose(probability)
+        return Routes(drafter, probability.argmax(-1), probability.max(-1), length)
 
-    return Method("routed", route, adapted(pool, slots))
+    return route
 
 
 @lru_cache(maxsize=4)
@@ -73,8 +112,8 @@ def adapted(pool: Pool, slots: int) -> Callable[[np.ndarray], LMDrafterParams]:
     """Routes -> drafter parameters: merged weights for one slot, which has one route, else base weights and the bank."""
 
     @cache
-    def merged(task: int) -> LMDrafterParams:
-        return LMDrafterParams(jax.block_until_ready(laid(pool.specialist(task), slots)))
+    def merged(route: int) -> LMDrafterParams:
+        return LMDrafterParams(jax.block_until_ready(laid(pool.weights(route), slots)))
 
     if slots == 1:
         return lambda routes: merged(int(routes[0]))

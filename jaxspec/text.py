@@ -19,7 +19,7 @@ from jaxspec.requests import SETTINGS, Request, bucket_of, checked, room_of
 from jaxspec.requests import Completion as Row
 from jaxspec.router import BASE
 from jaxspec.store.models import encode
-from jaxspec.store.pool import Pool, draft_length
+from jaxspec.store.pool import Pool, draft_lengths
 from jaxspec.store.prompts import Line
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -124,10 +124,11 @@ def drafter_named(facts: dict[str, Any], name: Any) -> int | None:
 
 
 @lru_cache(maxsize=4)
-def engine_of(pool: Pool, num_speculative_tokens: int, rule: str, slots: int, room: int, log_probs: bool) -> Engine:
+def engine_of(pool: Pool, lengths: tuple[int, ...], rule: str, slots: int, room: int, log_probs: bool) -> Engine:
     """An engine for a pool; asked again in the same shape it is the same, with all that it has compiled."""
     recorder = recording.logprobs(room) if log_probs else recording.NOTHING
-    return serving.speculative(pool, num_speculative_tokens, rule, slots=slots, room=room, recorder=recorder)
+    shape = {"slots": slots, "room": room, "recorder": recorder}
+    return serving.speculative(pool, max(lengths), rule, shorter=lengths, **shape)
 
 
 def rule_for(requests: Iterable[Request], acceptance: str) -> str:
@@ -215,9 +216,10 @@ def _pieces(
         for number, prompt in enumerate(prompts)
     ]
     requests = [ask.request for ask in asks]
-    k = draft_length(pool.facts, num_speculative_tokens)
-    engine = engine_of(pool, k, rule_for(requests, acceptance), batch, room_for(requests), logprobs)
-    return serve(pool, engine, serving.routed(pool, batch), asks, rounds=rounds)
+    lengths = tuple(draft_lengths(pool.facts, num_speculative_tokens, batch))
+    engine = engine_of(pool, lengths, rule_for(requests, acceptance), batch, room_for(requests), logprobs)
+    method = serving.chosen(pool, batch, lengths, bank=drafter is not None)
+    return serve(pool, engine, method, asks, rounds=rounds)
 
 
 def _ids(pool: Pool, number: int, prompt: Prompt, max_new_tokens: int) -> tuple[int, ...]:
@@ -244,7 +246,7 @@ def _completion(pool: Pool, index: int, text: str, row: Row) -> Completion:
         token_ids=row.ids,
         finish_reason=row.finish_reason,
         task=pool.tasks[row.task] if row.task >= 0 else None,
-        drafter="base" if row.route == BASE else pool.tasks[row.route],
+        drafter=pool.names[row.route],
         route_confidence=round(row.confidence, 4),
         num_drafts=int(row.counts.num_drafts),
         num_draft_tokens=int(row.counts.num_draft_tokens),

@@ -10,11 +10,11 @@ import pytest
 from decode import throughput
 from decode.bench import Bench, run
 from decode.throughput import Throughput
-from jaxspec import serving
+from jaxspec import router, serving
 from jaxspec.adapters import Stacked
 from jaxspec.requests import Request
 from jaxspec.router import BASE
-from jaxspec.store.pool import draft_length, load_pool
+from jaxspec.store.pool import draft_lengths, load_pool
 from jaxspec.transformer import NARROW
 
 FIELDS = {
@@ -22,7 +22,7 @@ FIELDS = {
     "mean_acceptance_length", "acceptance_by_position", "equal_to_autoregressive", "equal_to_fastest_autoregressive",
     "speedup_vs_autoregressive", "speedup_vs_base",
 }  # fmt: skip
-METHODS = ("autoregressive", "base", "mixed", "routed", "random", "wrong", "oracle")
+METHODS = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "wrong", "oracle")
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +66,56 @@ def test_the_json_has_its_fields(bench):
     assert sum(map(sum, counts)) == 6
 
 
+def knowing(pool, lengths, rounds=None, **facts):
+    """The pool, had calibration measured these tokens a round by drafter and task, and these milliseconds a round."""
+    rounds = rounds or {k: 1.0 for k in range(3)}
+    calibration = {k: {"tokens_per_second": -abs(k - 2), "round_milliseconds": own} for k, own in rounds.items()}
+    known = {"acceptance_length": lengths, "calibration": calibration, **facts}
+    return dataclasses.replace(pool, facts={**pool.facts, **known})
+
+
+def features_of(pool):
+    """Features of prompts that belong anywhere."""
+    return np.random.default_rng(0).normal(size=(64, pool.pair.target.config.width)).astype(np.float32)
+
+
 def test_a_task_whose_drafter_gains_nothing_is_served_by_the_base_and_keeps_its_name(loaded):
-    k = draft_length(loaded.facts)
-    even = {"base": [[2.0] * 17] * 3, "own": [[2.0] * 17, [2.0] * k + [2.5] + [1.0] * (16 - k), None]}
-    pool = dataclasses.replace(loaded, facts={**loaded.facts, "acceptance_length": even, "fallback_below": 0.0})
+    better, fewer, even = [1.0, 9.0, 2.5], [1.0, 9.0, 1.5], [1.0, 1.0, 2.0]
+    lengths = {"base": [even] * 3, "task 0": [even, *[better] * 2], "task 1": [fewer, better, fewer]}
+    pool = knowing(loaded, {**lengths, "task 2": [better, better, None], "mixed": [even] * 3}, fallback_below=0.0)
     assert pool.drafters == [BASE, 1, 2]
-    features = np.random.default_rng(0).normal(size=(64, loaded.pair.target.config.width)).astype(np.float32)
-    found = serving.routed(pool, 1).route(features)
+    found = serving.routed(pool, 1).route(features_of(loaded))
     assert set(found.task) == {0, 1, 2}
     assert (found.route == np.where(found.task == 0, BASE, found.task)).all()
     unsure = dataclasses.replace(pool, facts={**pool.facts, "fallback_below": 1.1})
-    assert (serving.routed(unsure, 1).route(features).route == BASE).all()
+    assert (serving.routed(unsure, 1).route(features_of(loaded)).route == BASE).all()
+
+
+def test_the_chosen_drafter_and_length_are_those_of_the_least_expected_time(loaded):
+    """Task 0 is drafted best by its own, task 1 by mixed, and on task 2 nobody's drafts are worth their time."""
+    none, some, most = [1.0, 1.0, 1.0], [1.0, 1.6, 2.0], [1.0, 1.8, 2.6]
+    lengths = {"task 0": [most, none, none], "task 1": [none, none, none], "task 2": [none, none, none]}
+    pool = knowing(
+        loaded, {**lengths, "mixed": [some, most, none], "base": [none, none, none]}, {0: 1.0, 1: 1.5, 2: 2.0}
+    )
+    assert draft_lengths(pool.facts) == [0, 2]
+    found = serving.chosen(pool, 1, [0, 2]).route(features_of(pool))
+    sure = found.confidence > 0.95
+    assert set(found.task[sure]) == {0, 1, 2}
+    assert (found.route[sure] == np.array([0, 3, BASE])[found.task[sure]]).all()
+    assert (found.num_speculative_tokens[sure] == np.array([2, 2, 0])[found.task[sure]]).all()
+    several = serving.chosen(pool, 4, [2])
+    united = several.route(features_of(pool))
+    assert (united.route == 3).all() and several.drafter_params(united.route[:4]).bank is None
+    banked = serving.chosen(pool, 4, [2], bank=True).route(features_of(pool))
+    assert 3 not in banked.route and (banked.route[sure & (found.task == 0)] == 0).all()
+
+
+def test_a_prompt_between_tasks_gets_what_serves_both():
+    seconds = router.token_seconds(np.array([[[3.0], [1.0]], [[1.0], [3.0]], [[2.0], [2.0]]]), np.ones(1))
+    probability = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    drafter, length = router.fastest(probability, seconds)
+    assert drafter.tolist() == [0, 1, 2] and length.tolist() == [0, 0, 0]
 
 
 def test_a_pool_laid_out_for_a_cpu_gives_the_same_texts_by_every_method(pool, monkeypatch):

@@ -25,7 +25,7 @@ from test_decoding import (
 
 from jaxspec import verify
 from jaxspec.adapters import init_bank
-from jaxspec.drafters import lm_drafter
+from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.requests import MAX_DRAFT, Request, room_of
@@ -190,6 +190,30 @@ def test_after_warm_up_nothing_compiles():
     assert len(COMPILED) == before
     assert [own.name for own in engine.compiled] == named
     assert [program._cache_size() for program in engine.programs[1:]] == size
+
+
+def test_in_one_slot_a_row_has_a_program_of_its_own_length():
+    """The text is the same at every length, rounds are those of that length alone, and all lengths share one warm state."""
+    longest = lm_drafter(TARGET, K)
+    shorter = {0: silent_drafter(0, longest.init), 1: lm_drafter(TARGET, 1)}
+    shape = {"slots": 1, "room": room_of(32, BUDGET), "vocab_size": TARGET.vocab_size, "shorter": shorter}
+    engine = Engine(lm_target(TARGET), longest, verify.greedy, PARAMS, stop_tokens=(EOS,), **shape)
+    texts = [plain_greedy(ids) for ids in PROMPTS]
+    engine.warm_up(PLAIN, (32,))
+    assert sorted(own.name for own in engine.compiled) == ["admit", "chunk", "chunk", "chunk", "halt", "prefill"]
+    compiled = len(COMPILED)
+    for k, least in ((0, 0), (1, 1), (2, K), (3, K)):
+        requests = [Request(ids=p, max_new_tokens=BUDGET, num_speculative_tokens=k) for p in PROMPTS]
+        for text, own in zip(texts, engine.complete(requests, PLAIN), strict=True):
+            assert own.ids == text
+            assert own.num_speculative_tokens == least
+            assert own.counts.num_draft_tokens == least * own.counts.num_drafts
+    said_so = Method(
+        "said", lambda features: unrouted(features)._replace(num_speculative_tokens=np.array([1])), PLAIN[2]
+    )
+    (own,) = engine.complete([Request(ids=PROMPTS[0], max_new_tokens=BUDGET)], said_so)
+    assert own.counts.num_draft_tokens == own.counts.num_drafts
+    assert len(COMPILED) == compiled
 
 
 @pytest.mark.parametrize("closed", [True, False])

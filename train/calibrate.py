@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from jaxspec import forced, metrics, serving, sharding
 from jaxspec.config import Experiment, UserError, command_line, plain
+from jaxspec.engine import Seconds
 from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
 from jaxspec.store.models import read_pair
 from jaxspec.store.pool import BANK, MIXED, POINTS, ROUTER, TEST, Pool, draft_length, known_pool, served_by_base
@@ -43,7 +44,7 @@ def run(experiment: Experiment) -> None:
     facts = _facts(experiment, traces, partition)
     _assemble(experiment, stage, traces, partition)
     pool = known_pool(stage.folder, facts, digest="not yet calibrated", mesh=sharding.asked(experiment.mesh))
-    facts["acceptance_length"] = _acceptance_length(pool, traces, partition)
+    facts["acceptance_length"] = _acceptance_length(experiment, pool, traces, partition)
     table = _measure(experiment, pool, traces, partition)
     facts["calibration"] = table
     finish(stage, **facts)
@@ -107,22 +108,24 @@ def _assemble(experiment: Experiment, stage: Stage, traces: Traces, partition: d
     write_arrays(stage.folder / POINTS, points)
 
 
-def _acceptance_length(pool: Pool, traces: Traces, partition: dict) -> dict[str, list[list[float] | None]]:
-    """Tokens a round of `base`, `mixed` and each task's `own` drafter, by task and number of drafted tokens from 0 on.
+def _acceptance_length(experiment: Experiment, pool: Pool, traces: Traces, partition: dict) -> dict[str, list]:
+    """Tokens a round of every drafter, by task and number of drafted tokens from 0 on.
 
     None for a task without prompts in the calibrate split.
     """
-    draft, vocab_size = pool.pair.draft.config, pool.pair.vocab_size
-    best = jax.jit(partial(forced.greedy, draft, vocab_size=vocab_size))
+    vocab_size = pool.pair.vocab_size
+    best = jax.jit(partial(forced.greedy, pool.pair.draft.config, vocab_size=vocab_size))
     row_tokens = bucket_of(max(map(len, traces.tokens)))
-    weights = {"base": lambda t: pool.pair.draft.params, "mixed": lambda t: pool.mixed, "own": pool.specialist}
-    table: dict[str, list[list[float] | None]] = {name: [] for name in weights}
-    for task in tqdm(range(len(pool.tasks)), desc="calibrate: acceptance", unit="task"):
-        examples = np.flatnonzero((partition["split"] == 1) & (partition["task"] == task)).tolist()
-        for name, own in weights.items():
-            texts = forced.agreements(partial(best, own(task)), traces, examples, row_tokens)
-            lengths = [forced.acceptance_length(texts, k) for k in range(MAX_DRAFT + 1)]
-            table[name].append(lengths if examples else None)
+    examples = [
+        np.flatnonzero((partition["split"] == 1) & (partition["task"] == task))[: experiment.calibrate.texts].tolist()
+        for task in range(len(pool.tasks))
+    ]
+    table: dict[str, list] = {}
+    for name in tqdm(pool.names, desc="calibrate: acceptance", unit="drafter"):
+        own = partial(best, pool.weights(pool.names.index(name)))
+        texts = [forced.agreements(own, traces, rows, row_tokens) for rows in examples]
+        lengths = lambda agree: [forced.acceptance_length(agree, k) for k in range(MAX_DRAFT + 1)] if agree else None
+        table[name] = [lengths(agree) for agree in texts]
     return table
 
 
@@ -142,16 +145,16 @@ def _measure(experiment: Experiment, pool: Pool, traces: Traces, partition: dict
     room = room_of(bucket_of(max(len(r.ids) for r in requests)), spec.max_new_tokens)
     engines = {k: serving.speculative(pool, k, slots=slots, room=room) for k in spec.lengths}
     method = serving.given(pool, slots)
-    seconds: dict[int, list[float]] = {k: [] for k in spec.lengths}
+    seconds: dict[int, list[Seconds]] = {k: [] for k in spec.lengths}
     counts: dict[int, list] = {}
     with tqdm(total=(spec.passes + 1) * len(engines), desc="calibrate", unit="pass") as bar:
         for number in range(spec.passes + 1):  # the first pass compiles and does not count
             for k, engine in engines.items():
                 counts[k] = [completion.counts for completion in engine.complete(requests, method)]
                 if number:
-                    seconds[k].append(sum(engine.seconds))
+                    seconds[k].append(engine.seconds)
                 bar.update()
-    return {k: _row(counts[k], min(seconds[k])) for k in spec.lengths}
+    return {k: _row(counts[k], seconds[k], slots) for k in spec.lengths}
 
 
 def _sample(experiment: Experiment, traces: Traces, partition: dict) -> np.ndarray:
@@ -163,10 +166,13 @@ def _sample(experiment: Experiment, traces: Traces, partition: dict) -> np.ndarr
     return order[: experiment.calibrate.prompts]
 
 
-def _row(counts: list, seconds: float) -> dict:
+def _row(counts: list, seconds: list[Seconds], slots: int) -> dict:
     figures = metrics.measures(metrics.total(counts))
     keep = {name: figures[name] for name in ("draft_accuracy", "mean_acceptance_length")}
-    return {"tokens_per_second": figures["tokens"] / seconds, **keep}
+    rounds = sum(own.num_drafts for own in counts) / slots
+    decode = min(own.decode for own in seconds)
+    whole = min(map(sum, seconds))
+    return {"tokens_per_second": figures["tokens"] / whole, "round_milliseconds": 1e3 * decode / rounds, **keep}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The pool: all that decoding needs. Target and base by path and digest, the adapter bank, mixed, router, calibration."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxspec import router, sharding
@@ -53,9 +55,16 @@ class Pool:
         """The route that serves each task: its own, or the base where that accepts no less."""
         return [BASE if base else task for task, base in enumerate(served_by_base(self.facts))]
 
-    def specialist(self, task: int) -> dict:
-        """Weights of one task's drafter, merged; the base's own for a negative task."""
-        return merge(self.pair.draft.params, self.bank, task)
+    @property
+    def names(self) -> list[str]:
+        """The drafters' names; a route is an index of them, and -1 is the base."""
+        return drafter_names(self.facts)
+
+    def weights(self, route: int) -> dict:
+        """Weights of a route's drafter, merged."""
+        whole = {"mixed": self.mixed, "base": self.pair.draft.params}
+        name = self.names[route]
+        return whole[name] if name in whole else merge(self.pair.draft.params, self.bank, route)
 
 
 def load_pool(path: str, *, target: str = "", draft: str = "", dtype: str = "", mesh: Mesh | None = None) -> Pool:
@@ -98,11 +107,41 @@ def draft_length(facts: dict, asked: int | None = None, least: int = 0) -> int:
     return asked
 
 
+def drafter_names(facts: dict) -> list[str]:
+    """A name for every route: the tasks', the control's, and the base's, which is the last."""
+    return [*facts["tasks"], "mixed", "base"]
+
+
 def served_by_base(facts: dict) -> list[bool]:
     """For each task whether its own drafter gains nothing over the base at the draft length that calibration chose."""
-    k = draft_length(facts)
-    lengths = facts["acceptance_length"]
-    return [own is not None and own[k] <= base[k] for own, base in zip(lengths["own"], lengths["base"], strict=True)]
+    k, lengths = draft_length(facts), facts["acceptance_length"]
+    pairs = ((lengths[name][task], lengths["base"][task]) for task, name in enumerate(facts["tasks"]))
+    return [own is not None and own[k] <= base[k] for own, base in pairs]
+
+
+def expected_seconds(facts: dict, lengths: Sequence[int]) -> np.ndarray:
+    """Expected seconds a token `[D, T, K]` of every drafter on every task with so many tokens drafted a round.
+
+    A task without prompts in the calibrate split counts as the mean of the others.
+    """
+    of_task = lambda own: [np.nan] * len(lengths) if own is None else [own[k] for k in lengths]
+    accepted = np.array([[of_task(own) for own in facts["acceptance_length"][name]] for name in drafter_names(facts)])
+    accepted = np.where(np.isnan(accepted), np.nanmean(accepted, axis=1, keepdims=True), accepted)
+    rounds = {int(k): row["round_milliseconds"] / 1e3 for k, row in facts["calibration"].items()}
+    of_length = [1.0] if len(lengths) == 1 else [rounds[k] for k in lengths]  # one alone need not have been measured
+    return router.token_seconds(accepted, np.array(of_length))
+
+
+def draft_lengths(facts: dict, asked: int | None = None, slots: int = 1) -> list[int]:
+    """The draft lengths that an engine needs: the one asked for, or calibration's.
+
+    With one slot every row has its own: these are the fastest on some task with some drafter, and the fastest of all.
+    """
+    if asked is not None or slots > 1:
+        return [draft_length(facts, asked)]
+    measured = sorted(map(int, facts["calibration"]))
+    _, best = router.fastest(np.eye(len(facts["tasks"])), expected_seconds(facts, measured))
+    return sorted({draft_length(facts), *(measured[k] for k in best)})
 
 
 def known_pool(
