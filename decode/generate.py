@@ -30,7 +30,7 @@ from jaxspec.requests import MAX_DRAFT, SETTINGS, Request, bucket_of, checked
 from jaxspec.store.huggingface import read_config, read_tokenizer
 from jaxspec.store.models import encode
 from jaxspec.store.parts import alone, merge, own_rows, part_file, same_job, unfinished
-from jaxspec.store.pool import Pool, draft_lengths, find_pool, load_pool
+from jaxspec.store.pool import Pool, draft_length, find_pool, load_pool
 from jaxspec.store.prompts import Fault, Line, read_lines
 from jaxspec.text import Ask, Completion, drafter_named, room_for, serve
 from jaxspec.transformer import LMConfig
@@ -163,13 +163,8 @@ def _know(config: Generate) -> _Known:
 
 def _settings(config: Generate, known: _Known) -> dict[str, Any]:
     """What the records depend on, the prompts apart."""
-    lengths = draft_lengths(known.facts, config.num_speculative_tokens, config.batch)
-    drafting = {
-        "pool": known.digest,
-        "num_speculative_tokens": lengths,
-        "slots": "several" if config.batch > 1 else "one",
-    }
-    return {name: getattr(config, name) for name in SAME} | drafting
+    length = draft_length(known.facts, config.num_speculative_tokens)
+    return {name: getattr(config, name) for name in SAME} | {"pool": known.digest, "num_speculative_tokens": length}
 
 
 def _pool(config: Generate, known: _Known, asks: Sequence[Ask | str], mesh: jax.sharding.Mesh | None) -> Pool:
@@ -181,7 +176,7 @@ def _pool(config: Generate, known: _Known, asks: Sequence[Ask | str], mesh: jax.
         batch=config.batch,
         prompt_tokens=max((len(r.ids) for r in requests), default=1),
         max_new_tokens=bucket_of(max((r.max_new_tokens for r in requests), default=1)),
-        num_speculative_tokens=max(draft_lengths(facts, config.num_speculative_tokens, config.batch)),
+        num_speculative_tokens=draft_length(facts, config.num_speculative_tokens),
         dtype=dtype,
         tasks=tasks,
         rank=facts["rank"],
@@ -267,20 +262,21 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
     if not todo:
         return
     config, pool, (room, kind) = job.config, job.pool, job.room
-    asks = [ask for i in todo if isinstance(ask := job.asks[i], Ask)]
-    lengths = draft_lengths(pool.facts, config.num_speculative_tokens, config.batch)
+    length = draft_length(pool.facts, config.num_speculative_tokens)
     engine = serving.speculative(
         pool,
-        max(lengths),
+        length,
         "greedy" if kind == "greedy" else config.acceptance,
-        shorter=lengths,
         slots=config.batch,
         room=room,
         admit_rows=config.admit_rows,
         recorder=recording.logprobs(room) if config.logprobs else recording.NOTHING,
     )
     named = any(isinstance(ask, Ask) and ask.request.route is not None for ask in job.asks)
-    method = serving.chosen(pool, config.batch, lengths, bank=named)
+    method = serving.chosen(
+        pool, config.batch, (length,), bank=named
+    )  # of one length, so that no record hangs on the batch
+    asks = [ask for i in todo if isinstance(ask := job.asks[i], Ask)]
     for piece in serve(pool, engine, method, asks, rounds=ROUNDS):
         yield (todo[piece.index], piece.completion) if piece.completion else None
     if config.explain:

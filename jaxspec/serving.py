@@ -71,12 +71,13 @@ def routed(pool: Pool, slots: int) -> Method:
 
 
 def chosen(pool: Pool, slots: int, lengths: Sequence[int], *, bank: bool = False) -> Method:
-    """Whichever drafter, and with one slot draft length among `lengths`, promises the most tokens per second.
+    """Whichever drafter and draft length among `lengths` promise the most tokens per second.
 
-    Several slots share the longest length, and draft with the bank, which the mixed drafter is no part of; where it promises
-    more it serves all of them, unless requests name drafters of the `bank`.
+    Several slots share the longest length. With one length the choice is the same for any number of slots, and rows draft
+    with the bank, which the mixed drafter is no part of: where it promises more, it serves all rows, unless requests name
+    drafters of the `bank`.
     """
-    alone, mixed = slots == 1, len(pool.tasks)
+    alone, mixed = slots == 1 and len(lengths) > 1, len(pool.tasks)
     lengths = lengths if alone else [max(lengths)]
     seconds = expected_seconds(pool.facts, lengths)
     if not alone:

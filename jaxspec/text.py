@@ -216,7 +216,7 @@ def _pieces(
         for number, prompt in enumerate(prompts)
     ]
     requests = [ask.request for ask in asks]
-    lengths = tuple(draft_lengths(pool.facts, num_speculative_tokens, batch))
+    lengths = draft_lengths(pool.facts, num_speculative_tokens, batch)
     engine = engine_of(pool, lengths, rule_for(requests, acceptance), batch, room_for(requests), logprobs)
     method = serving.chosen(pool, batch, lengths, bank=drafter is not None)
     return serve(pool, engine, method, asks, rounds=rounds)

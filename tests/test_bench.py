@@ -98,7 +98,7 @@ def test_the_chosen_drafter_and_length_are_those_of_the_least_expected_time(load
     pool = knowing(
         loaded, {**lengths, "mixed": [some, most, none], "base": [none, none, none]}, {0: 1.0, 1: 1.5, 2: 2.0}
     )
-    assert draft_lengths(pool.facts) == [0, 2]
+    assert draft_lengths(pool.facts) == (0, 2)
     found = serving.chosen(pool, 1, [0, 2]).route(features_of(pool))
     sure = found.confidence > 0.95
     assert set(found.task[sure]) == {0, 1, 2}

@@ -10,7 +10,7 @@ import jaxspec
 from decode import generate as job
 from jaxspec import text
 from jaxspec.config import UserError
-from jaxspec.store.pool import draft_length
+from jaxspec.store.pool import draft_lengths
 from jaxspec.text import LOST, Reader
 
 PROMPTS = ["stir the onion soup", "hoist our anchor before wind", "prove every prime ideal", "bake"]
@@ -36,7 +36,7 @@ def test_answers_come_in_the_order_of_the_prompts(loaded, answers):
         assert own.finish_reason == ("stop" if own.token_ids[-1] in loaded.pair.stop_tokens else "length")
         assert own.num_drafts <= len(own.token_ids) <= own.num_drafts + own.num_accepted_tokens
         assert sum(own.num_accepted_tokens_per_pos) <= own.num_accepted_tokens <= own.num_draft_tokens
-        assert own.drafter in ("base", *loaded.tasks) and own.task in loaded.tasks and 0 < own.route_confidence <= 1
+        assert own.drafter in loaded.names and own.task in loaded.tasks and 0 < own.route_confidence <= 1
 
 
 def test_the_library_and_the_job_answer_alike(loaded, pool, answers, tmp_path, monkeypatch):
@@ -70,7 +70,7 @@ def test_pieces_make_up_the_answers(loaded, answers):
 
 
 def test_asked_again_in_the_same_shape_nothing_compiles(loaded, answers):
-    engine = text.engine_of(loaded, draft_length(loaded.facts), "rejection", 3, SHAPE["room"], False)
+    engine = text.engine_of(loaded, draft_lengths(loaded.facts, slots=3), "rejection", 3, SHAPE["room"], False)
     compiled = list(engine.compiled)
     assert compiled
     again = jaxspec.generate(loaded, [*PROMPTS[::-1], "bake the salt"], **SETTINGS | {"max_new_tokens": 31, "top_k": 3})

@@ -132,16 +132,16 @@ def expected_seconds(facts: dict, lengths: Sequence[int]) -> np.ndarray:
     return router.token_seconds(accepted, np.array(of_length))
 
 
-def draft_lengths(facts: dict, asked: int | None = None, slots: int = 1) -> list[int]:
+def draft_lengths(facts: dict, asked: int | None = None, slots: int = 1) -> tuple[int, ...]:
     """The draft lengths that an engine needs: the one asked for, or calibration's.
 
     With one slot every row has its own: these are the fastest on some task with some drafter, and the fastest of all.
     """
     if asked is not None or slots > 1:
-        return [draft_length(facts, asked)]
+        return (draft_length(facts, asked),)
     measured = sorted(map(int, facts["calibration"]))
     _, best = router.fastest(np.eye(len(facts["tasks"])), expected_seconds(facts, measured))
-    return sorted({draft_length(facts), *(measured[k] for k in best)})
+    return tuple(sorted({draft_length(facts), *(measured[k] for k in best)}))
 
 
 def known_pool(
