@@ -59,7 +59,44 @@ def total_variation(log_q: Array, log_p: Array) -> Array:
     return 1.0 - jnp.sum(jnp.minimum(jnp.exp(log_p), jnp.exp(log_q)), axis=-1)
 
 
-DIVERGENCES = {"forward_kl": forward_kl}
+def reverse_kl(log_q: Array, log_p: Array) -> Array:
+    """KL(q || p) in nats."""
+    return forward_kl(log_p, log_q)
+
+
+def jensen_shannon(log_q: Array, log_p: Array, beta: float = 0.5) -> Array:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q: DistillSpec's JSD(beta), Zhou et al. 2024."""
+    log_m = jnp.logaddexp(jnp.log(beta) + log_p, jnp.log1p(-beta) + log_q)
+    return beta * forward_kl(log_m, log_p) + (1 - beta) * forward_kl(log_m, log_q)
+
+
+def negative_log_acceptance(log_q: Array, log_p: Array) -> Array:
+    """-log sum(min(p, q)): minus the log probability that a drafted token is accepted."""
+    return -jax.nn.logsumexp(jnp.minimum(log_q, log_p), axis=-1)
+
+
+def total_variation_policy(log_q: Array, log_p: Array) -> Array:
+    """TVD++ of Direct Alignment (Goel et al. 2024): the policy gradient of total variation at the scale of its rewards.
+
+    Drawing a token that p likes better than q does is worth 1. Of a whole vocabulary the baseline mu adds nothing to the
+    gradient, since that of sum(q) is zero; it is kept for the value. mu and sigma are the place's own, not the batch's, so
+    that no place depends on another: the gradient is that of `total_variation` over sigma.
+    """
+    q = jax.lax.stop_gradient(jnp.exp(log_q))
+    reward = (jax.lax.stop_gradient(log_p) > jax.lax.stop_gradient(log_q)).astype(jnp.float32)
+    mean = jnp.mean(reward, axis=-1, keepdims=True)
+    advantage = (reward - mean) / jnp.maximum(jnp.std(reward, axis=-1, keepdims=True), TINY)
+    return -jnp.sum(q * advantage * log_q, axis=-1)
+
+
+DIVERGENCES = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+    "total_variation": total_variation,
+    "total_variation_policy": total_variation_policy,
+    "negative_log_acceptance": negative_log_acceptance,
+}
 
 
 def aligner(log_q: Callable, divergence: Callable, tx: optax.GradientTransformation) -> Aligner:

@@ -64,7 +64,14 @@ class Partition:
 class Align:
     """How drafters are aligned to the target; the mixed control gets the same total of steps x tokens."""
 
-    divergence: Literal["forward_kl"] = "forward_kl"
+    divergence: Literal[
+        "forward_kl",
+        "reverse_kl",
+        "jensen_shannon",
+        "total_variation",
+        "total_variation_policy",
+        "negative_log_acceptance",
+    ] = "forward_kl"
     """Distance from the target's distribution to the drafter's that training lowers."""
     rank: int = 16
     """Rank of the LoRA adapters."""

@@ -30,7 +30,11 @@ def traces(number: int = 9, top: int = 3, seed: int = 0) -> Traces:
     return Traces([{}] * number, tokens, prompt_length, ids, kept, tail, none, none, none, {})
 
 
-@pytest.mark.parametrize("name", align.DIVERGENCES)
+def gradient_at(divergence, logits, log_p):
+    return jax.grad(lambda x: divergence(jax.nn.log_softmax(x), log_p).sum())(logits)
+
+
+@pytest.mark.parametrize("name", sorted(align.DIVERGENCES.keys() - {"total_variation_policy"}))
 def test_a_divergence_is_zero_at_p_and_its_gradient_is_right(name):
     divergence = align.DIVERGENCES[name]
     log_p, logits = jnp.asarray(log_softmax(0, VOCAB)), jnp.asarray(np.random.default_rng(1).normal(size=VOCAB))
@@ -43,6 +47,29 @@ def test_a_divergence_is_zero_at_p_and_its_gradient_is_right(name):
         assert float(gradient[v]) == pytest.approx(
             float(value(logits + step) - value(logits - step)) / (2 * h), abs=2e-3
         )
+
+
+def test_the_policy_gradient_of_total_variation_is_its_gradient_at_another_scale():
+    log_p, logits = jnp.asarray(log_softmax(0, 5, VOCAB)), jnp.asarray(np.random.default_rng(1).normal(size=(5, VOCAB)))
+    sigma = np.std(np.asarray(log_p > jax.nn.log_softmax(logits)), axis=-1, keepdims=True)
+    assert (sigma > 0).all()
+    expected = gradient_at(align.total_variation, logits, log_p) / sigma
+    np.testing.assert_allclose(gradient_at(align.total_variation_policy, logits, log_p), expected, atol=1e-6)
+
+
+def test_jensen_shannon_lies_between_its_two_ends():
+    """At beta near 0 it is beta KL(p || q), near 1 it is (1 - beta) KL(q || p), and at a half it is symmetric."""
+    log_p, log_q = (jnp.asarray(log_softmax(s, VOCAB)) for s in (2, 3))
+    js = align.jensen_shannon
+    assert float(js(log_q, log_p, 1e-3)) / 1e-3 == pytest.approx(float(align.forward_kl(log_q, log_p)), rel=0.02)
+    assert float(js(log_q, log_p, 1 - 1e-3)) / 1e-3 == pytest.approx(float(align.reverse_kl(log_q, log_p)), rel=0.02)
+    assert float(js(log_q, log_p)) == pytest.approx(float(js(log_p, log_q)), rel=1e-5)
+
+
+def test_negative_log_acceptance_is_that_of_what_total_variation_leaves():
+    log_p, log_q = (jnp.asarray(log_softmax(s, 20, VOCAB)) for s in (2, 3))
+    expected = -np.log1p(-np.asarray(align.total_variation(log_q, log_p)))
+    np.testing.assert_allclose(align.negative_log_acceptance(log_q, log_p), expected, rtol=1e-5)
 
 
 def test_total_variation_is_the_rejection_rate():

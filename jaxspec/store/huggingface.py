@@ -121,11 +121,7 @@ def write_model(
     """Writes config.json and one bfloat16 model.safetensors that transformers loads."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, leaf, transpose in named_tensors(config, params):
-        value = np.asarray(jnp.asarray(leaf, jnp.bfloat16))
-        tensors[name] = np.ascontiguousarray(value.T if transpose else value)
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", config, jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params))
     raw = {
         "architectures": [f"{FAMILIES[family]}ForCausalLM"],
         "model_type": family,
@@ -146,6 +142,15 @@ def write_model(
         **(extra or {}),
     }
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def write_tensors(file: Path, config: LMConfig, params: dict) -> None:
+    """Parameters under their Hugging Face names, in the type that they have."""
+    tensors = {}
+    for name, leaf, transpose in named_tensors(config, params):
+        value = np.asarray(leaf)
+        tensors[name] = np.ascontiguousarray(value.T if transpose else value)
+    save_file(tensors, str(file), metadata={"format": "pt"})
 
 
 def read_tensors(

@@ -1,0 +1,82 @@
+"""Writes a pool's drafters for other software: adapters for PEFT, merged drafters for transformers.
+
+    python -m decode.export --pool runs/testbed/pool --to peft --out adapters
+
+Every drafter gets a folder named after it. PEFT folders belong on the pool's base drafter; Hugging Face folders are whole,
+with the base drafter's config and tokenizer.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from jaxspec.config import UserError, command_line
+from jaxspec.store.huggingface import write_tensors
+from jaxspec.store.peft import write_adapter
+from jaxspec.store.pool import Pool, load_pool
+
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What is written, and where to."""
+
+    pool: str
+    """Folder of the pool."""
+    to: Literal["peft", "hf"]
+    """One LoRA adapter a task for PEFT, or every merged drafter as a Hugging Face folder."""
+    out: str
+    """Folder for the drafters' folders; those that exist already are refused."""
+    drafters: tuple[str, ...] = ()
+    """Their names, such as `task 0` or `mixed`; none means all."""
+    target: str = ""
+    """Another place of the pool's target."""
+    draft: str = ""
+    """Another place of the pool's base drafter."""
+
+
+def run(config: Export) -> None:
+    """Writes the folders and says where they are."""
+    pool = load_pool(config.pool, target=config.target, draft=config.draft)
+    chosen = list(_chosen(config, pool))
+    for _, folder in chosen:
+        if folder.exists():
+            raise UserError(f"{folder} exists already; give another --out, or remove it")
+    for route, folder in tqdm(chosen, desc="export", unit="drafter"):
+        part = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        if config.to == "peft":
+            write_adapter(part, pool.bank, route, str(pool.pair.draft.path))
+        else:
+            _write_model(part, pool, route)
+        part.rename(folder)
+    for _, folder in chosen:
+        print(folder)
+
+
+def _chosen(config: Export, pool: Pool) -> Iterator[tuple[int, Path]]:
+    """Routes and their folders."""
+    known = pool.tasks if config.to == "peft" else pool.names
+    for name in config.drafters or known:
+        if name not in known:
+            raise UserError(f"--drafters {name!r}: there is no such {config.to} drafter; there are {', '.join(known)}")
+        yield pool.names.index(name), Path(config.out, name.replace(" ", "-"))
+
+
+def _write_model(folder: Path, pool: Pool, route: int) -> None:
+    """The base drafter's folder with other weights."""
+    draft = pool.pair.draft
+    folder.mkdir(parents=True)
+    for file in sorted(Path(draft.path).iterdir()):
+        if file.is_file() and not file.name.endswith(WEIGHTS):
+            shutil.copyfile(file, folder / file.name)
+    write_tensors(folder / "model.safetensors", draft.config, pool.weights(route))
+
+
+if __name__ == "__main__":
+    command_line(Export, run)

@@ -1,0 +1,75 @@
+"""Drafters written for other software say there what they say here."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from decode import export
+from jaxspec.config import command_line
+from jaxspec.transformer import forward, unembed
+
+TOKENS = np.random.default_rng(0).integers(8, 300, size=(2, 17))
+
+
+def ours(pool, route: int) -> np.ndarray:
+    config, weights = pool.pair.draft.config, pool.weights(route)
+    return np.asarray(unembed(config, weights, forward(config, weights, jnp.asarray(TOKENS))))
+
+
+def theirs(model) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.float().numpy()
+
+
+def close(found: np.ndarray, expected: np.ndarray) -> None:
+    """Float32 sums of at most 64 terms in another order, through two layers."""
+    np.testing.assert_allclose(found, expected, atol=64 * 2**-23 * np.abs(expected).max() * 4)
+
+
+@pytest.fixture(scope="module")
+def folders(pool, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported")
+    for to in ("peft", "hf"):
+        command_line(export.Export, export.run, ["--pool", pool, "--to", to, "--out", str(out / to)])
+    return out
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
+def test_an_adapter_on_the_base_in_peft_has_the_logits_of_the_merged_drafter(loaded, folders):
+    for route, name in enumerate(loaded.tasks):
+        base = AutoModelForCausalLM.from_pretrained(loaded.pair.draft.path, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, folders / "peft" / name.replace(" ", "-"))
+        close(theirs(model), ours(loaded, route))
+        assert np.abs(ours(loaded, route) - ours(loaded, -1)).max() > 1e-3  # else the law says nothing
+
+
+def test_a_merged_drafter_in_transformers_has_its_logits_and_tokenizer(loaded, folders):
+    for route, name in enumerate(loaded.names):
+        folder = folders / "hf" / name.replace(" ", "-")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        close(theirs(model), ours(loaded, route))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.get_vocab() == loaded.pair.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--drafters", "task 9"], "'task 9': there is no such peft drafter; there are task 0, task 1, task 2"),
+        (["--drafters", "mixed"], "'mixed': there is no such peft drafter"),
+        ([], "exists already"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_and_nothing_is_lost(pool, folders, capsys, change, said):
+    before = sorted(Path(folders).rglob("*"))
+    with pytest.raises(SystemExit) as error:
+        command_line(
+            export.Export, export.run, ["--pool", pool, "--to", "peft", "--out", str(folders / "peft"), *change]
+        )
+    assert error.value.code == 2 and said in capsys.readouterr().err
+    assert sorted(Path(folders).rglob("*")) == before
