@@ -33,7 +33,8 @@ from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import write_json
 
 REFILLS = 4  # prompts that a slot serves in one measured batch
-METHODS = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "wrong", "oracle")
+MERGED = ("merged-average", "merged-awd", "merged-doge")
+METHODS = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "wrong", "oracle", *MERGED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,8 @@ class Bench:
     """File for the results."""
     methods: tuple[str, ...] = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "oracle")
     """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle: `routed` drafts with the drafter of the
-    prompt's task, `chosen` with the drafter and, one prompt at a time, the draft length that promise the most."""
+    prompt's task, `chosen` with the drafter and, one prompt at a time, the draft length that promise the most; and
+    merged-average, merged-awd, merged-doge, once `train.extras` has made them."""
     batch: int = 1
     """Slots: prompts decoded together; a finished one's slot is filled again."""
     admit_rows: int = 1

@@ -56,14 +56,26 @@ def merge(params: dict, bank: Bank, task: int) -> dict:
     """The base drafter's parameters with one task's update added in; the shape of the program does not change."""
     if task < 0:
         return params
-    layers = {i: {block: dict(parts) for block, parts in layer.items()} for i, layer in params["layers"].items()}
+    return added(params, [{name: _product(a[task], b[task]) for name, (a, b) in layer.items()} for layer in bank])
+
+
+def added(params: dict, update: list[dict[str, Array]]) -> dict:
+    """Parameters with an update `[in, out]` added to every kernel, in float32."""
+    layers = {layer: {block: dict(own) for block, own in blocks.items()} for layer, blocks in params["layers"].items()}
     for layer, (block, name, kernel) in _kernels(params):
-        a, b = bank[layer][name]
         dense = dict(layers[layer][block][name])
-        update = a[task].astype(jnp.float32) @ b[task].astype(jnp.float32)
-        dense["kernel"] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+        dense["kernel"] = (kernel.astype(jnp.float32) + update[layer][name]).astype(kernel.dtype)
         layers[layer][block][name] = dense
     return {**params, "layers": layers}
+
+
+def updates(bank: Bank) -> list[dict[str, Array]]:
+    """What each task's adapter adds to every kernel: `[tasks, in, out]` float32."""
+    return [{name: _product(a, b) for name, (a, b) in layer.items()} for layer in bank]
+
+
+def _product(a: Array, b: Array) -> Array:
+    return a.astype(jnp.float32) @ b.astype(jnp.float32)
 
 
 def stack(params: dict, bank: Bank) -> dict:

@@ -5,6 +5,7 @@ that any draft length would have had there, exactly; the target does not run.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,8 @@ import numpy as np
 from jax import Array
 
 from jaxspec.packing import as_batch, pack, places
+from jaxspec.requests import MAX_DRAFT, bucket_of
+from jaxspec.store.models import Pair
 from jaxspec.store.traces import Traces
 from jaxspec.transformer import LMConfig, forward, unembed
 
@@ -88,3 +91,27 @@ def acceptance_length(texts: Sequence[np.ndarray], num_speculative_tokens: int) 
     """Tokens a round over all texts; 1 where there is no text."""
     rounds = sum(chain(agrees, num_speculative_tokens).rounds for agrees in texts)
     return sum(map(len, texts)) / rounds if rounds else 1.0
+
+
+class Judge:
+    """What drafters of one shape would have had accepted on the calibrate split.
+
+    Args:
+        partition: the split and the task of every text, see `train.partition`.
+        texts: how many of each task count.
+    """
+
+    def __init__(self, pair: Pair, traces: Traces, partition: dict, texts: int):
+        self.traces = traces
+        self._best = jax.jit(partial(greedy, pair.draft.config, vocab_size=pair.vocab_size))
+        self._row_tokens = bucket_of(max(map(len, traces.tokens)))
+        held = partition["split"] == 1
+        tasks = range(len(partition["centroids"]))
+        self.examples = [np.flatnonzero(held & (partition["task"] == t))[:texts].tolist() for t in tasks]
+
+    def lengths(self, weights: dict) -> list[list[float] | None]:
+        """Tokens a round by task and number of drafted tokens from 0 on; None for a task without texts."""
+        best = partial(self._best, weights)
+        found = [agreements(best, self.traces, rows, self._row_tokens) for rows in self.examples]
+        by_length = lambda agree: [acceptance_length(agree, k) for k in range(MAX_DRAFT + 1)]
+        return [by_length(agree) if agree else None for agree in found]

@@ -50,8 +50,8 @@ def autoregressive(pool: Pool, width: int, rule: str = "greedy", **shape: Any) -
 
 
 def always(pool: Pool, name: str, slots: int) -> Method:
-    """`autoregressive`, `base` or `mixed`: the same drafter for every prompt."""
-    params = () if name == "autoregressive" else LMDrafterParams(laid(pool.weights(pool.names.index(name)), slots))
+    """`autoregressive`, or the drafter of that name: the same for every prompt."""
+    params = () if name == "autoregressive" else LMDrafterParams(laid(pool.drafter(name), slots))
     return Method(name, unrouted, lambda routes: params)
 
 

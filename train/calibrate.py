@@ -11,19 +11,29 @@ from one pass over the target's texts; a task whose own drafter gains nothing ov
 import json
 import shutil
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxspec import forced, metrics, serving, sharding
+from jaxspec import forced, metrics, router, serving, sharding
 from jaxspec.config import Experiment, UserError, command_line, plain
 from jaxspec.engine import Seconds
 from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
 from jaxspec.store.models import read_pair
-from jaxspec.store.pool import BANK, MIXED, POINTS, ROUTER, TEST, Pool, draft_length, known_pool, served_by_base
+from jaxspec.store.pool import (
+    BANK,
+    MIXED,
+    POINTS,
+    ROUTER,
+    TEST,
+    Pool,
+    draft_length,
+    drafter_names,
+    expected_seconds,
+    known_pool,
+    served_by_base,
+)
 from jaxspec.store.stages import Stage, finish, manifest, open_stage, read_arrays, write_arrays, write_whole
 from jaxspec.store.traces import Traces, check_models, read_traces
 
@@ -44,17 +54,34 @@ def run(experiment: Experiment) -> None:
     facts = _facts(experiment, traces, partition)
     _assemble(experiment, stage, traces, partition)
     pool = known_pool(stage.folder, facts, digest="not yet calibrated", mesh=sharding.asked(experiment.mesh))
-    facts["acceptance_length"] = _acceptance_length(experiment, pool, traces, partition)
+    judge = forced.Judge(pool.pair, traces, partition, experiment.calibrate.texts)
+    drafters = tqdm(pool.names, desc="calibrate: acceptance", unit="drafter")
+    facts["acceptance_length"] = {name: judge.lengths(pool.drafter(name)) for name in drafters}
     table = _measure(experiment, pool, traces, partition)
     facts["calibration"] = table
     finish(stage, **facts)
-    for k, row in table.items():
+    _say(facts)
+    print(f"calibrate: K = {draft_length(facts)}; pool in {stage.folder}")
+
+
+def _say(facts: dict) -> None:
+    """Prints what was measured: of every draft length, and of every task."""
+    for k, row in facts["calibration"].items():
         accuracy = f", draft accuracy {row['draft_accuracy']:.3f}" if k else ", nothing drafted"
         print(f"calibrate: K = {k}: {row['tokens_per_second']:.1f} tokens/s{accuracy}")
-    left = [f"{pool.tasks[t]} ({pool.facts['labels'][t]})" for t, base in enumerate(served_by_base(facts)) if base]
-    if left:
-        print(f"calibrate: the base drafter serves {', '.join(left)}, where it has no less accepted than their own")
-    print(f"calibrate: K = {draft_length(facts)}; pool in {stage.folder}")
+    k, lengths, names = draft_length(facts), sorted(facts["calibration"]), drafter_names(facts)
+    drafter, length = router.fastest(np.eye(len(facts["tasks"])), expected_seconds(facts, lengths))
+    served = ("the base" if base else "its own drafter" for base in served_by_base(facts))
+    for task, (name, label, by) in enumerate(zip(facts["tasks"], facts["labels"], served, strict=True)):
+        rows = {
+            who: facts["acceptance_length"][own][task]
+            for who, own in (("base", "base"), ("mixed", "mixed"), ("own", name))
+        }
+        accepted = ", ".join(f"{who} {row[k]:.2f}" for who, row in rows.items() if row)
+        alone = f"{names[drafter[task]]}, K = {lengths[length[task]]}"
+        print(
+            f"calibrate: {name} ({label}): tokens a round {accepted}; served by {by}, one prompt at a time by {alone}"
+        )
 
 
 def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
@@ -106,27 +133,6 @@ def _assemble(experiment: Experiment, stage: Stage, traces: Traces, partition: d
     labels = np.array([traces.log[i]["task"] or "" for i in rows])
     points = {"points": centred[rows] @ axes.T, "cluster": partition["task"][rows], "label": labels}
     write_arrays(stage.folder / POINTS, points)
-
-
-def _acceptance_length(experiment: Experiment, pool: Pool, traces: Traces, partition: dict) -> dict[str, list]:
-    """Tokens a round of every drafter, by task and number of drafted tokens from 0 on.
-
-    None for a task without prompts in the calibrate split.
-    """
-    vocab_size = pool.pair.vocab_size
-    best = jax.jit(partial(forced.greedy, pool.pair.draft.config, vocab_size=vocab_size))
-    row_tokens = bucket_of(max(map(len, traces.tokens)))
-    examples = [
-        np.flatnonzero((partition["split"] == 1) & (partition["task"] == task))[: experiment.calibrate.texts].tolist()
-        for task in range(len(pool.tasks))
-    ]
-    table: dict[str, list] = {}
-    for name in tqdm(pool.names, desc="calibrate: acceptance", unit="drafter"):
-        own = partial(best, pool.weights(pool.names.index(name)))
-        texts = [forced.agreements(own, traces, rows, row_tokens) for rows in examples]
-        lengths = lambda agree: [forced.acceptance_length(agree, k) for k in range(MAX_DRAFT + 1)] if agree else None
-        table[name] = [lengths(agree) for agree in texts]
-    return table
 
 
 def _measure(experiment: Experiment, pool: Pool, traces: Traces, partition: dict) -> dict[int, dict]:

@@ -20,12 +20,13 @@ from jaxspec.store.stages import MANIFEST, read_json
 from jaxspec.store.trees import read_tree
 from jaxspec.transformer import abstract
 
-BANK, MIXED, ROUTER, TEST, POINTS = (
+BANK, MIXED, ROUTER, TEST, POINTS, EXTRAS = (
     "bank.safetensors",
     "mixed.safetensors",
     "router.safetensors",
     "test.jsonl",
     "points.npz",
+    "extras.json",
 )
 
 
@@ -62,9 +63,25 @@ class Pool:
 
     def weights(self, route: int) -> dict:
         """Weights of a route's drafter, merged."""
-        whole = {"mixed": self.mixed, "base": self.pair.draft.params}
-        name = self.names[route]
-        return whole[name] if name in whole else merge(self.pair.draft.params, self.bank, route)
+        return self.drafter(self.names[route])
+
+    def drafter(self, name: str) -> dict:
+        """Weights of a drafter by its name: a route's, or one that `train.extras` has added."""
+        if name in self.tasks:
+            return merge(self.pair.draft.params, self.bank, self.tasks.index(name))
+        if name in ("mixed", "base"):
+            return self.mixed if name == "mixed" else self.pair.draft.params
+        file = extra_file(self.path, name)
+        if not file.exists():
+            raise UserError(
+                f"{self.path} has no drafter {name!r}; `python -m train.extras` with the pool's flags makes it"
+            )
+        return _like(read_tree(file, self.pair.draft.params), self.pair.draft.params)
+
+
+def extra_file(folder: Path, name: str) -> Path:
+    """Where a pool's folder keeps a drafter that was added to it."""
+    return folder / f"{name}.safetensors"
 
 
 def load_pool(path: str, *, target: str = "", draft: str = "", dtype: str = "", mesh: Mesh | None = None) -> Pool:
@@ -186,5 +203,8 @@ def known_pool(
 def _mixed(folder: Path, facts: dict, pair: Pair, like) -> dict:
     if facts["mixed"] == "mixed_lora":
         return merge(pair.draft.params, read_tree(folder / MIXED, like(1)), 0)
-    full = read_tree(folder / MIXED, abstract(pair.draft.config, jnp.float32))
-    return jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), full, pair.draft.params)
+    return _like(read_tree(folder / MIXED, abstract(pair.draft.config, jnp.float32)), pair.draft.params)
+
+
+def _like(weights: dict, params: dict) -> dict:
+    return jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), weights, params)

@@ -1,0 +1,66 @@
+"""Adds controls to a finished pool: its specialists merged back into one drafter, by several methods.
+
+    python -m train.extras --config configs/testbed.py --out runs/testbed ...
+
+Each method's coefficient is the one with the longest accepted drafts on the calibrate split. `decode.bench --methods
+merged-average merged-awd merged-doge` measures what was made.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxspec import merging, sharding
+from jaxspec.adapters import added, updates
+from jaxspec.config import Experiment, command_line
+from jaxspec.forced import Judge
+from jaxspec.store.pool import EXTRAS, extra_file, load_pool
+from jaxspec.store.stages import manifest, read_arrays, write_json
+from jaxspec.store.traces import check_models, read_traces
+from jaxspec.store.trees import write_tree
+
+ARITHMETIC, DOGE = (0.125, 0.25, 0.5, 1.0), (0.07, 0.2, 0.6, 1.8)
+K = 4  # drafted tokens that a merger is judged at
+
+
+def run(experiment: Experiment) -> None:
+    """Writes `merged-*.safetensors` and `extras.json` into `out/pool`."""
+    manifest(experiment.out, "pool")
+    check_models(experiment.out, target=experiment.target, draft=experiment.draft)
+    places = {"target": experiment.target, "draft": experiment.draft, "mesh": sharding.asked(experiment.mesh)}
+    pool = load_pool(str(Path(experiment.out, "pool")), **places)
+    partition = read_arrays(Path(experiment.out, "partition", "partition.npz"))
+    judge = Judge(pool.pair, read_traces(experiment.out), partition, experiment.calibrate.texts)
+    said = {}
+    for name, candidates in _mergers(updates(pool.bank)).items():
+        scores = {}
+        for scale, make in tqdm(candidates.items(), desc=name, unit="coefficient"):
+            weights = added(pool.pair.draft.params, make())
+            scores[scale] = float(np.mean([lengths[K] for lengths in judge.lengths(weights) if lengths]))
+            if scores[scale] == max(scores.values()):
+                best = weights
+        write_tree(extra_file(pool.path, name), best)
+        said[name] = {"coefficient": max(scores, key=scores.__getitem__), "acceptance_length": scores}
+        print(
+            f"extras: {name}: {max(scores.values()):.3f} tokens a round at K = {K}, coefficient {said[name]['coefficient']}"
+        )
+    write_json(pool.path / EXTRAS, said)
+
+
+def _mergers(tau: merging.Updates) -> dict[str, dict[float, Callable[[], list]]]:
+    """For each method its candidates, by coefficient."""
+    tasks = jax.tree.leaves(tau)[0].shape[0]
+    apart = merging.awd(tau)
+    return {
+        "merged-average": {1 / tasks: partial(merging.task_arithmetic, tau, 1 / tasks)},
+        "merged-awd": {scale: partial(merging.task_arithmetic, apart, scale) for scale in ARITHMETIC},
+        "merged-doge": {scale: partial(merging.doge, tau, scale=scale) for scale in DOGE},
+    }
+
+
+if __name__ == "__main__":
+    command_line(Experiment, run)
