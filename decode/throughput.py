@@ -65,8 +65,6 @@ class Throughput:
     """Longest completion, in tokens."""
     num_speculative_tokens: int | None = None
     """Tokens drafted a round; None is what calibration chose."""
-    autoregressive_width: int = 2
-    """Columns of the autoregressive window; on a GPU two are faster than one."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """float32 or bfloat16; empty is what the pool was made with."""
     target: str = ""
@@ -95,7 +93,7 @@ def run(config: Throughput) -> None:
         "num_speculative_tokens": k,
         "prompts": len(requests),
         "max_new_tokens": config.max_new_tokens,
-        "autoregressive_width": config.autoregressive_width,
+        "autoregressive_width": serving.idle_width(),
     }
     print(json.dumps(conditions))
     print(
@@ -141,7 +139,7 @@ def _measure(config: Throughput, pool: Pool, requests: Sequence[Request], slots:
         "admit_rows": min(config.admit_rows, slots),
         "smallest": config.smallest_bucket,
     }
-    plain = serving.autoregressive(pool, config.autoregressive_width, **shape)
+    plain = serving.speculative(pool, 0, **shape)
     drafting = serving.speculative(pool, k, **shape)
     engines = {name: plain if name == "autoregressive" else drafting for name in METHODS}
     methods = _methods(pool, slots)

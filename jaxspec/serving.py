@@ -28,20 +28,25 @@ def speculative(
     """Speculative decoding with an LM drafter; weights and routes are arguments of its programs.
 
     Args:
-        num_speculative_tokens: drafted a round; 0 is autoregressive decoding, two wide on accelerators, where one
-            column is slower than two.
+        num_speculative_tokens: drafted a round; 0 is autoregressive decoding.
         shorter: smaller numbers that, with one slot, some rows draft instead.
         rule: a name in `verify.RULES`; `greedy` decodes every row greedily.
         shape: `slots`, `room` and what else an `Engine` takes.
     """
-    idle = 0 if jax.default_backend() == "cpu" else 1
     if num_speculative_tokens == 0:
-        return autoregressive(pool, 1 + idle, rule, **shape)
+        return autoregressive(pool, idle_width(), rule, **shape)
     pair = pool.pair
     lm = partial(lm_drafter, pair.draft.config, vocab_size=pair.vocab_size, dtype=_dtype(pool))
     drafter = lm(num_speculative_tokens)
-    fewer = {k: lm(k) if k else silent_drafter(idle, drafter.init) for k in shorter if k < num_speculative_tokens}
+    fewer = {
+        k: lm(k) if k else silent_drafter(idle_width() - 1, drafter.init) for k in shorter if k < num_speculative_tokens
+    }
     return _engine(pool, drafter, rule, shorter=fewer, **shape)
+
+
+def idle_width() -> int:
+    """Columns of a window in which nothing is drafted: two on accelerators, where one is slower."""
+    return 1 if jax.default_backend() == "cpu" else 2
 
 
 def autoregressive(pool: Pool, width: int, rule: str = "greedy", **shape: Any) -> Engine:
