@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from decode.figures import Ask, Result, cluster_figures, figures, router_figures
+from decode.figures import Ask, Result, choices, cluster_figures, figures, router_figures
 from jaxspec import serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.engine import Engine, Method
@@ -116,6 +116,7 @@ def run(config: Bench) -> None:
         **_conditions(config, pool, width, k),
         **figures(pool, asks, passes, parity),
         "router": router_figures(pool, asks, passes),
+        "choices": choices(pool, asks, passes),
         "clusters": cluster_figures(pool),
     }
     _print(bench)
@@ -152,9 +153,9 @@ class Work(NamedTuple):
             for i, name in itertools.product(rows, self.methods):
                 bucket = bucket_of(len(self.asks[i].request.ids), self.config.smallest_bucket)
                 kind = name, bucket, self.asks[i].cluster if self.config.batch == 1 else None
-                if kind not in seen:
-                    seen.add(kind)
-                    self.decode(engines[name], name, [i], max_new_tokens=2)
+                for k in engines[name].lengths if kind not in seen else ():
+                    self.decode(engines[name], name, [i], max_new_tokens=2, num_speculative_tokens=k)
+                seen.add(kind)
 
     def passes(self, engines: dict[str, Engine]) -> list[dict[str, list[Result]]]:
         """All methods on all batches, so many times; methods take turns on each batch."""

@@ -1,7 +1,7 @@
 """The figures of a bench: from completions and seconds of every pass to a row a task and method."""
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -162,6 +162,18 @@ def router_figures(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass]) -> d
         "fallback_rate": float(np.mean(route == BASE)),
         "confusion": {"tasks": tasks, "drafters": [*_names(pool), "base"], "counts": counts},
     }
+
+
+def choices(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass]) -> dict[str, dict[str, int]] | None:
+    """How many prompts of each task `chosen` gave to which drafter and draft length; None when it was not measured."""
+    if "chosen" not in passes[0]:
+        return None
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for result in passes[0]["chosen"]:
+        for i, own in zip(result.rows, result.completions, strict=True):
+            drafter, most = pool.names[own.route], own.num_speculative_tokens
+            counts[asks[i].task][f"{drafter}, K = {most}" if most else "nothing drafted"] += 1
+    return {task: dict(own.most_common()) for task, own in counts.items()}
 
 
 def _right(pool: Pool, ask: Ask, route: int) -> bool:

@@ -27,7 +27,7 @@ Plots = dict[str, bytes | None]
 
 # Okabe and Ito's colours stay apart for the common kinds of colour blindness; a method has one colour in all plots.
 COLOURS = {"autoregressive": "#777777", "base": "#E69F00", "mixed": "#56B4E9", "routed": "#0072B2"}
-COLOURS |= {"random": "#F0E442", "wrong": "#D55E00", "oracle": "#009E73"}
+COLOURS |= {"chosen": "#CC79A7", "random": "#F0E442", "wrong": "#D55E00", "oracle": "#009E73"}
 # Paul Tol's muted colours serve clusters, labels and methods that have none above.
 MUTED = ("#332288", "#CC6677", "#117733", "#AA4499", "#DDCC77", "#88CCEE", "#882255", "#44AA99", "#999933")
 MARKERS = "osD^vP*X<>p"  # eleven beside nine colours: a pair of both comes back only after 99

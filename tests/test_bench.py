@@ -62,6 +62,9 @@ def test_the_json_has_its_fields(bench):
         assert bench["tasks"]["one"][name].keys() == bench["mean"][name].keys() == FIELDS
     assert bench["tasks"]["one"]["autoregressive"]["draft_accuracy"] is None
     assert bench["tasks"]["one"]["autoregressive"]["speedup_vs_autoregressive"] == 1.0
+    assert sum(bench["choices"]["one"].values()) == 6 and all(
+        said.endswith("K = 2") for said in bench["choices"]["one"]
+    )
     counts = bench["router"]["confusion"]["counts"]
     assert sum(map(sum, counts)) == 6
 
