@@ -30,6 +30,8 @@ ALLOWED = {
     "router": set(),
     "tasks": {"store"},
     "packing": {"align", "store"},
+    "forced": {"packing", "requests", "store", "transformer"},
+    "merging": set(),
     "serving": {
         "adapters",
         "sharding",
