@@ -69,10 +69,11 @@ def test_the_json_has_its_fields(bench):
     assert sum(map(sum, counts)) == 6
 
 
-def knowing(pool, lengths, rounds=None, **facts):
+def knowing(pool, lengths, rounds=None, fastest=2, **facts):
     """The pool, had calibration measured these tokens a round by drafter and task, and these milliseconds a round."""
     rounds = rounds or {k: 1.0 for k in range(3)}
-    calibration = {k: {"tokens_per_second": -abs(k - 2), "round_milliseconds": own} for k, own in rounds.items()}
+    rate = lambda k: 9.0 if k == fastest else float(k)
+    calibration = {k: {"tokens_per_second": rate(k), "round_milliseconds": own} for k, own in rounds.items()}
     known = {"acceptance_length": lengths, "calibration": calibration, **facts}
     return dataclasses.replace(pool, facts={**pool.facts, **known})
 
@@ -87,6 +88,7 @@ def test_a_task_whose_drafter_gains_nothing_is_served_by_the_base_and_keeps_its_
     lengths = {"base": [even] * 3, "task 0": [even, *[better] * 2], "task 1": [fewer, better, fewer]}
     pool = knowing(loaded, {**lengths, "task 2": [better, better, None], "mixed": [even] * 3}, fallback_below=0.0)
     assert pool.drafters == [BASE, 1, 2]
+    assert knowing(loaded, pool.facts["acceptance_length"], fastest=0).drafters == pool.drafters
     found = serving.routed(pool, 1).route(features_of(loaded))
     assert set(found.task) == {0, 1, 2}
     assert (found.route == np.where(found.task == 0, BASE, found.task)).all()

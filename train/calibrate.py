@@ -69,16 +69,15 @@ def _say(facts: dict) -> None:
     for k, row in facts["calibration"].items():
         accuracy = f", draft accuracy {row['draft_accuracy']:.3f}" if k else ", nothing drafted"
         print(f"calibrate: K = {k}: {row['tokens_per_second']:.1f} tokens/s{accuracy}")
-    k, lengths, names = draft_length(facts), sorted(facts["calibration"]), drafter_names(facts)
+    k, lengths, names = draft_length(facts, least=1), sorted(facts["calibration"]), drafter_names(facts)
     drafter, length = router.fastest(np.eye(len(facts["tasks"])), expected_seconds(facts, lengths))
     served = ("the base" if base else "its own drafter" for base in served_by_base(facts))
     for task, (name, label, by) in enumerate(zip(facts["tasks"], facts["labels"], served, strict=True)):
-        rows = {
-            who: facts["acceptance_length"][own][task]
-            for who, own in (("base", "base"), ("mixed", "mixed"), ("own", name))
-        }
+        of = lambda own, task=task: facts["acceptance_length"][own][task]
+        rows = {"base": of("base"), "mixed": of("mixed"), "own": of(name)}
         accepted = ", ".join(f"{who} {row[k]:.2f}" for who, row in rows.items() if row)
-        alone = f"{names[drafter[task]]}, K = {lengths[length[task]]}"
+        most = lengths[length[task]]
+        alone = f"{names[drafter[task]]} at K = {most}" if most else "nobody, nothing drafted"
         print(
             f"calibrate: {name} ({label}): tokens a round {accepted}; served by {by}, one prompt at a time by {alone}"
         )

@@ -107,6 +107,8 @@ def find_pool(path: str) -> tuple[Path, dict, str]:
     manifest = read_json(folder / MANIFEST)
     if manifest.get("stage") != "pool":
         raise UserError(f"{path!r} holds the stage {manifest.get('stage')!r}, not a pool; give OUT/pool")
+    if "acceptance_length" not in manifest["results"]:
+        raise UserError(f"{path!r} was made by an earlier version; remove it and run `python -m train.calibrate` again")
     return folder, manifest["results"], manifest["digest"]
 
 
@@ -130,8 +132,8 @@ def drafter_names(facts: dict) -> list[str]:
 
 
 def served_by_base(facts: dict) -> list[bool]:
-    """For each task whether its own drafter gains nothing over the base at the draft length that calibration chose."""
-    k, lengths = draft_length(facts), facts["acceptance_length"]
+    """For each task whether its own drafter gains nothing over the base at the draft length, not 0, that was the fastest."""
+    k, lengths = draft_length(facts, least=1), facts["acceptance_length"]
     pairs = ((lengths[name][task], lengths["base"][task]) for task, name in enumerate(facts["tasks"]))
     return [own is not None and own[k] <= base[k] for own, base in pairs]
 
