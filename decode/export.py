@@ -31,7 +31,7 @@ class Export:
     to: Literal["peft", "hf"]
     """One LoRA adapter a task for PEFT, or every merged drafter as a Hugging Face folder."""
     out: str
-    """Folder for the drafters' folders; those that exist already are refused."""
+    """Folder for the drafters' folders, which must not exist yet; it appears when all of them are written."""
     drafters: tuple[str, ...] = ()
     """Their names, such as `task 0` or `mixed`; none means all."""
     target: str = ""
@@ -44,28 +44,28 @@ def run(config: Export) -> None:
     """Writes the folders and says where they are."""
     pool = load_pool(config.pool, target=config.target, draft=config.draft)
     chosen = list(_chosen(config, pool))
-    for _, folder in chosen:
-        if folder.exists():
-            raise UserError(f"{folder} exists already; give another --out, or remove it")
+    out = Path(config.out)
+    if out.exists():
+        raise UserError(f"--out {out} exists already; give another folder, or remove it")
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
     for route, folder in tqdm(chosen, desc="export", unit="drafter"):
-        part = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
         if config.to == "peft":
-            write_adapter(part, pool.bank, route, str(pool.pair.draft.path))
+            write_adapter(part / folder, pool.bank, route, str(pool.pair.draft.path))
         else:
-            _write_model(part, pool, route)
-        part.rename(folder)
+            _write_model(part / folder, pool, route)
+    part.rename(out)
     for _, folder in chosen:
-        print(folder)
+        print(out / folder)
 
 
-def _chosen(config: Export, pool: Pool) -> Iterator[tuple[int, Path]]:
-    """Routes and their folders."""
+def _chosen(config: Export, pool: Pool) -> Iterator[tuple[int, str]]:
+    """Routes and their folders' names."""
     known = pool.tasks if config.to == "peft" else pool.names
     for name in config.drafters or known:
         if name not in known:
             raise UserError(f"--drafters {name!r}: there is no such {config.to} drafter; there are {', '.join(known)}")
-        yield pool.names.index(name), Path(config.out, name.replace(" ", "-"))
+        yield pool.names.index(name), name.replace(" ", "-")
 
 
 def _write_model(folder: Path, pool: Pool, route: int) -> None:

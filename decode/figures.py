@@ -171,8 +171,8 @@ def choices(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass]) -> dict[str
     counts: dict[str, Counter] = defaultdict(Counter)
     for result in passes[0]["chosen"]:
         for i, own in zip(result.rows, result.completions, strict=True):
-            drafter, most = pool.names[own.route], own.num_speculative_tokens
-            counts[asks[i].task][f"{drafter}, K = {most}" if most else "nothing drafted"] += 1
+            said = f"{pool.names[own.route]}, K = {own.num_speculative_tokens}"
+            counts[asks[i].task][said if own.counts.num_draft_tokens else "nothing drafted"] += 1
     return {task: dict(own.most_common()) for task, own in counts.items()}
 
 

@@ -273,9 +273,8 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
         recorder=recording.logprobs(room) if config.logprobs else recording.NOTHING,
     )
     named = any(isinstance(ask, Ask) and ask.request.route is not None for ask in job.asks)
-    method = serving.chosen(
-        pool, config.batch, (length,), bank=named
-    )  # of one length, so that no record hangs on the batch
+    # Of one length the choice is the same for any batch, as the records must be.
+    method = serving.chosen(pool, config.batch, (length,), bank=named)
     asks = [ask for i in todo if isinstance(ask := job.asks[i], Ask)]
     for piece in serve(pool, engine, method, asks, rounds=ROUNDS):
         yield (todo[piece.index], piece.completion) if piece.completion else None

@@ -54,6 +54,7 @@ def autoregressive(pool: Pool, width: int, rule: str = "greedy", **shape: Any) -
     return _engine(pool, silent_drafter(width - 1), rule, **shape)
 
 
+@lru_cache(maxsize=8)
 def always(pool: Pool, name: str, slots: int) -> Method:
     """`autoregressive`, or the drafter of that name: the same for every prompt."""
     params = () if name == "autoregressive" else LMDrafterParams(laid(pool.drafter(name), slots))
@@ -76,29 +77,33 @@ def routed(pool: Pool, slots: int) -> Method:
 
 
 def chosen(pool: Pool, slots: int, lengths: Sequence[int], *, bank: bool = False) -> Method:
-    """Whichever drafter and draft length among `lengths` promise the most tokens per second.
+    """Whichever drafter and draft length among `lengths` promise the most tokens per second; the base where the task is unsure.
 
     Several slots share the longest length. With one length the choice is the same for any number of slots, and rows draft
     with the bank, which the mixed drafter is no part of: where it promises more, it serves all rows, unless requests name
     drafters of the `bank`.
     """
     alone, mixed = slots == 1 and len(lengths) > 1, len(pool.tasks)
-    lengths = lengths if alone else [max(lengths)]
+    lengths, base = lengths if alone else [max(lengths)], mixed + 1
     seconds = expected_seconds(pool.facts, lengths)
-    if not alone:
-        share = np.array(pool.facts["sizes"]) / sum(pool.facts["sizes"])
-        of_bank = np.delete(seconds, mixed, axis=0).min(0)
-        united = not bank and share @ seconds[mixed, :, 0] <= share @ of_bank[:, 0]
-        seconds[np.arange(mixed + 2) != mixed if united else mixed] = np.inf
+    of_bank = [*range(mixed), base]
+    share = np.array(pool.facts["sizes"]) / sum(pool.facts["sizes"])
+    united = not (alone or bank) and share @ seconds[mixed, :, 0] <= share @ seconds[of_bank, :, 0].min(0)
+    candidates = [mixed] if united else [*range(base + 1)] if alone else of_bank
+
+    def among(drafters: list[int], probability: np.ndarray) -> np.ndarray:
+        best, length = router.fastest(probability, seconds[drafters])
+        return np.stack([np.array(drafters)[best], np.array(lengths)[length]])
 
     def choose(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        drafter, length = router.fastest(probability, seconds)
-        k = np.array(lengths)[length]
-        return np.where((drafter == mixed + 1) | (k == 0), router.BASE, drafter), k
+        unsure = probability.max(-1) < pool.facts["fallback_below"]
+        fallback = among([mixed] if united else [base], probability)
+        drafter, k = np.where(unsure, fallback, among(candidates, probability))
+        return np.where((drafter == base) | (k == 0), router.BASE, drafter), k
 
-    if alone or np.isinf(seconds[mixed]).all():
-        return Method("chosen", _classifier(pool, choose), adapted(pool, slots))
-    return always(pool, "mixed", slots)._replace(name="chosen", route=_classifier(pool, choose))
+    if united:
+        return always(pool, "mixed", slots)._replace(name="chosen", route=_classifier(pool, choose))
+    return Method("chosen", _classifier(pool, choose), adapted(pool, slots))
 
 
 def _classifier(pool: Pool, choose: Callable) -> Callable[[np.ndarray], Routes]:

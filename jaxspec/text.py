@@ -19,7 +19,7 @@ from jaxspec.requests import SETTINGS, Request, bucket_of, checked, room_of
 from jaxspec.requests import Completion as Row
 from jaxspec.router import BASE
 from jaxspec.store.models import encode
-from jaxspec.store.pool import Pool, draft_lengths
+from jaxspec.store.pool import Pool, draft_length, draft_lengths
 from jaxspec.store.prompts import Line
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -216,6 +216,8 @@ def _pieces(
         for number, prompt in enumerate(prompts)
     ]
     requests = [ask.request for ask in asks]
+    if drafter is not None:  # the length that a row has of its own is for the drafter that the pool would choose
+        num_speculative_tokens = draft_length(pool.facts, num_speculative_tokens)
     lengths = draft_lengths(pool.facts, num_speculative_tokens, batch)
     engine = engine_of(pool, lengths, rule_for(requests, acceptance), batch, room_for(requests), logprobs)
     method = serving.chosen(pool, batch, lengths, bank=drafter is not None)

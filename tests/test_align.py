@@ -1,5 +1,7 @@
 """Laws of alignment: what divergences mean, that training lowers rejection, and that packing changes nothing."""
 
+from typing import get_args, get_type_hints
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 from jaxspec import align
+from jaxspec.config import Align
 from jaxspec.packing import as_batch, pack, packed_rows, places
 from jaxspec.store.traces import Traces
 
@@ -55,6 +58,10 @@ def test_the_policy_gradient_of_total_variation_is_its_gradient_at_another_scale
     assert (sigma > 0).all()
     expected = gradient_at(align.total_variation, logits, log_p) / sigma
     np.testing.assert_allclose(gradient_at(align.total_variation_policy, logits, log_p), expected, atol=1e-6)
+
+
+def test_a_preset_may_name_every_divergence_and_no_other():
+    assert set(get_args(get_type_hints(Align)["divergence"])) == align.DIVERGENCES.keys()
 
 
 def test_jensen_shannon_lies_between_its_two_ends():

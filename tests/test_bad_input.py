@@ -475,6 +475,16 @@ def test_an_output_of_another_input(refused, pool, in_memory, tmp_path):
         assert (tmp_path / "out.jsonl").read_text() == content
 
 
+def test_a_pool_of_an_earlier_version(refused, pool, tmp_path):
+    own = tmp_path / "pool"
+    shutil.copytree(pool, own)
+    manifest = json.loads((own / "manifest.json").read_text())
+    del manifest["results"]["acceptance_length"]
+    (own / "manifest.json").write_text(json.dumps(manifest))
+    file = prompts_file(tmp_path, {"prompt": "stir"})
+    assert_says(refused("generate", *job(own, file, tmp_path / "out.jsonl")), own, "earlier version", "train.calibrate")
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [

@@ -109,6 +109,9 @@ def test_the_chosen_drafter_and_length_are_those_of_the_least_expected_time(load
     assert set(found.task[sure]) == {0, 1, 2}
     assert (found.route[sure] == np.array([0, 3, BASE])[found.task[sure]]).all()
     assert (found.num_speculative_tokens[sure] == np.array([2, 2, 0])[found.task[sure]]).all()
+    unsure = dataclasses.replace(pool, facts={**pool.facts, "fallback_below": 1.1})
+    fallen = serving.chosen(unsure, 1, [0, 2]).route(features_of(pool))
+    assert (fallen.route == BASE).all() and set(fallen.task) == set(found.task)
     several = serving.chosen(pool, 4, [2])
     united = several.route(features_of(pool))
     assert (united.route == 3).all() and several.drafter_params(united.route[:4]).bank is None
@@ -132,6 +135,7 @@ def test_a_pool_laid_out_for_a_cpu_gives_the_same_texts_by_every_method(pool, mo
         monkeypatch.setattr(serving, "WIDE", wide)
         serving._target_in_blocks.cache_clear()
         serving.adapted.cache_clear()
+        serving.always.cache_clear()
         for slots in (1, 2):
             engine = serving.speculative(own, 2, slots=slots, room=64)
             in_blocks = engine._target_params["layers"][0]["mlp"]["up"]["kernel"].ndim == 3

@@ -101,7 +101,7 @@ def test_the_correction_of_doge_lowers_its_loss_less_where_tasks_share_more():
     assert loss(delta) < loss(np.zeros_like(delta))
     assert loss(delta) < loss(-delta)
     whole = np.asarray(merging._correction(leaf, share, 1, 400, 1e-4))  # every direction is shared
-    assert np.abs(whole).max() < 0.05 * np.abs(delta).max() or loss(whole) > loss(delta)
+    assert loss(whole) > loss(delta)
 
 
 def test_extras_are_made_from_the_pool_and_measured_like_any_drafter(finished, out_with, tmp_path):
