@@ -26,5 +26,5 @@ experiment = Experiment(
         full_learning_rates=(1e-2,),
     ),
     router=Router(steps=300),
-    calibrate=Calibrate(lengths=(2, 4, 6), prompts=8, passes=2),
+    calibrate=Calibrate(lengths=(2, 3, 4), prompts=32, passes=2),
 )
