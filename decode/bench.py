@@ -26,7 +26,7 @@ from jaxspec import serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.engine import Engine, Method
 from jaxspec.requests import Request, bucket_of, room_of
-from jaxspec.router import BASE
+from jaxspec.router import TRUNK
 from jaxspec.store.models import encode
 from jaxspec.store.pool import TEST, Pool, draft_length, draft_lengths, load_pool
 from jaxspec.store.prompts import Line, read_prompts
@@ -34,7 +34,7 @@ from jaxspec.store.stages import write_json
 
 REFILLS = 4  # prompts that a slot serves in one measured batch
 MERGED = ("merged-average", "merged-awd", "merged-doge")
-METHODS = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "wrong", "oracle", *MERGED)
+METHODS = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "wrong", "oracle", "ngram", *MERGED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,9 @@ class Bench:
     json: str = ""
     """File for the results."""
     methods: tuple[str, ...] = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "oracle")
-    """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle: `routed` drafts with the drafter of the
-    prompt's task, `chosen` with the drafter and, one prompt at a time, the draft length that promise the most; and
-    merged-average, merged-awd, merged-doge, once `train.extras` has made them."""
+    """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram: `routed` drafts with the drafter of
+    the prompt's task, `chosen` with the drafter and, one prompt at a time, the draft length that promise the most, `ngram`
+    with what followed in the text before; and merged-average, merged-awd, merged-doge, once `train.extras` has made them."""
     batch: int = 1
     """Slots: prompts decoded together; a finished one's slot is filled again."""
     admit_rows: int = 1
@@ -106,6 +106,7 @@ def run(config: Bench) -> None:
     special = {
         "autoregressive": autoregressive,
         "chosen": serving.speculative(pool, max(lengths), rule, shorter=lengths, **shape),
+        "ngram": serving.looking_up(pool, k, rule, **shape),
     }
     spec = serving.speculative(pool, k, rule, **shape)
     engines = {name: special.get(name, spec) for name in work.methods}
@@ -178,7 +179,7 @@ class Work(NamedTuple):
         same: dict[tuple, dict[int, list[int]]] = {}
         outputs: dict[str, dict[int, list[int]]] = {}
         for name, chosen in tqdm(self.methods.items(), desc="parity", leave=False):
-            kind = (id(engines[name]), jax.tree.structure(chosen.method.drafter_params(np.full(slots, BASE))))
+            kind = (id(engines[name]), jax.tree.structure(chosen.method.drafter_params(np.full(slots, TRUNK))))
             if kind not in same:
                 same[kind] = {}
                 for _, rows in self.batches:
@@ -231,7 +232,7 @@ def _asks(config: Bench, pool: Pool) -> list[Ask]:
 def _cluster(pool: Pool, line: Line) -> int:
     """The cluster whose majority label is the line's, the largest of them; the line's own cluster without labels."""
     own = [t for t, label in enumerate(pool.facts["labels"]) if label is not None and label == line.task]
-    return max(own, key=lambda t: pool.facts["sizes"][t]) if own else line.settings.get("cluster", BASE)
+    return max(own, key=lambda t: pool.facts["sizes"][t]) if own else line.settings.get("cluster", TRUNK)
 
 
 def _batches(asks: Sequence[Ask], config: Bench):
@@ -256,8 +257,8 @@ def _methods(config: Bench, pool: Pool, asks: Sequence[Ask], lengths: Sequence[i
     rng = np.random.default_rng(config.seed)
     random = rng.integers(tasks, size=len(asks))
     own = np.array([ask.cluster for ask in asks])
-    oracle = np.array([*pool.drafters, BASE])[own]
-    wrong = np.where(tasks > 1, (own + rng.integers(1, max(tasks, 2), size=len(asks))) % tasks, BASE)
+    oracle = np.array([*pool.drafters, TRUNK])[own]
+    wrong = np.where(tasks > 1, (own + rng.integers(1, max(tasks, 2), size=len(asks))) % tasks, TRUNK)
     beforehand = {"random": random, "wrong": wrong, "oracle": oracle}
     given = serving.given(pool, config.batch)
     by_router = {
@@ -342,7 +343,7 @@ def _print(bench: dict) -> None:
         print(
             f"router: accuracy {cell(router['accuracy'], '.3f')}, {router['milliseconds']:.2f} ms a prompt "
             f"({100 * router['share_of_time_to_first_token']:.1f} % of the time to the first token), "
-            f"fallback {router['fallback_rate']:.3f}"
+            f"fallback {router['fallback_rate']:.3f}, regret against the oracle {cell(router['regret'], '.3f')}"
         )
 
 

@@ -2,8 +2,8 @@
 
     python -m decode.export --pool runs/testbed/pool --to peft --out adapters
 
-Every drafter gets a folder named after it. PEFT folders belong on the pool's base drafter; Hugging Face folders are whole,
-with the base drafter's config and tokenizer.
+Every drafter gets a folder named after it. PEFT folders belong on the pool's base drafter, or on its trunk, which is written
+beside them; Hugging Face folders are whole, with the base drafter's config and tokenizer.
 """
 
 import shutil
@@ -15,6 +15,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from jaxspec.config import UserError, command_line
+from jaxspec.router import TRUNK
 from jaxspec.store.huggingface import write_tensors
 from jaxspec.store.peft import write_adapter
 from jaxspec.store.pool import Pool, load_pool
@@ -49,9 +50,13 @@ def run(config: Export) -> None:
         raise UserError(f"--out {out} exists already; give another folder, or remove it")
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
+    on = str(pool.pair.draft.path)
+    if config.to == "peft" and pool.facts["trunk"]:
+        on = str(out.absolute() / "trunk")
+        _write_model(part / "trunk", pool, TRUNK)
     for route, folder in tqdm(chosen, desc="export", unit="drafter"):
         if config.to == "peft":
-            write_adapter(part / folder, pool.bank, route, str(pool.pair.draft.path))
+            write_adapter(part / folder, pool.bank, route, on)
         else:
             _write_model(part / folder, pool, route)
     part.rename(out)

@@ -11,7 +11,7 @@ from decode.differences import first_difference
 from jaxspec import metrics
 from jaxspec.engine import Seconds
 from jaxspec.requests import Completion, Request
-from jaxspec.router import BASE
+from jaxspec.router import TRUNK
 from jaxspec.store.pool import POINTS, Pool
 from jaxspec.store.prompts import Line
 from jaxspec.store.stages import read_arrays
@@ -44,14 +44,18 @@ def figures(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass], parity: dic
         passes: each pass's results by method, autoregressive among them.
         parity: tokens of autoregressive decoding through each method's own program; empty when sampling.
     """
-    rows_of: dict[str, list[int]] = defaultdict(list)
-    for i, ask in enumerate(asks):
-        rows_of[ask.task].append(i)
-    names = list(passes[0])
+    rows_of, names = _rows_of(asks), list(passes[0])
     by_row = {name: [_by_row(results[name]) for results in passes] for name in names}
     tasks = {task: {name: _row(name, rows, by_row, parity) for name in names} for task, rows in rows_of.items()}
     mean = {name: _mean([tasks[task][name] for task in tasks]) for name in names}
     return {"tasks": tasks, "mean": mean, "first_differences": _first_differences(pool, asks, by_row, parity)}
+
+
+def _rows_of(asks: Sequence[Ask]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = defaultdict(list)
+    for i, ask in enumerate(asks):
+        rows[ask.task].append(i)
+    return rows
 
 
 class RowTime(NamedTuple):
@@ -138,10 +142,10 @@ def router_figures(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass]) -> d
     """
     if "routed" not in passes[0]:
         return None
-    route = np.full(len(asks), BASE)
+    route = np.full(len(asks), TRUNK)
     for result in passes[0]["routed"]:
         sure = lambda completion: completion.confidence >= pool.facts["fallback_below"]
-        route[result.rows] = [own.task if sure(own) else BASE for own in result.completions]
+        route[result.rows] = [own.task if sure(own) else TRUNK for own in result.completions]
     labels = pool.facts["labels"]
     known = [i for i, ask in enumerate(asks) if ask.task in labels or "cluster" in ask.line.settings]
     right = [_right(pool, asks[i], route[i]) for i in known]
@@ -159,9 +163,17 @@ def router_figures(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass]) -> d
         "agreement_with_partition": float(np.mean(agree)) if agree else None,
         "milliseconds": statistics.median(milliseconds),
         "share_of_time_to_first_token": statistics.median(shares),
-        "fallback_rate": float(np.mean(route == BASE)),
-        "confusion": {"tasks": tasks, "drafters": [*_names(pool), "base"], "counts": counts},
+        "fallback_rate": float(np.mean(route == TRUNK)),
+        "regret": _regret(asks, passes) if "oracle" in passes[0] else None,
+        "confusion": {"tasks": tasks, "drafters": [*_names(pool), pool.names[-1]], "counts": counts},
     }
+
+
+def _regret(asks: Sequence[Ask], passes: Sequence[Pass]) -> float:
+    """Share of the oracle's tokens per second that `routed` lacks, the mean over tasks."""
+    by_row = {name: [_by_row(results[name]) for results in passes] for name in ("routed", "oracle")}
+    shares = [_speedup(by_row, "oracle", "routed", rows) for rows in _rows_of(asks).values()]
+    return 1 - float(np.mean([share for share in shares if share is not None]))
 
 
 def choices(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass]) -> dict[str, dict[str, int]] | None:
@@ -178,7 +190,7 @@ def choices(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass]) -> dict[str
 
 def _right(pool: Pool, ask: Ask, route: int) -> bool:
     """Whether the drafter's cluster has the prompt's label as its majority; without labels, whether it is its cluster."""
-    if route == BASE:
+    if route == TRUNK:
         return False
     if ask.task in pool.facts["labels"]:
         return pool.facts["labels"][route] == ask.task
@@ -186,7 +198,7 @@ def _right(pool: Pool, ask: Ask, route: int) -> bool:
 
 
 def _columns(pool: Pool) -> list[int]:
-    return [*range(len(pool.tasks)), BASE]
+    return [*range(len(pool.tasks)), TRUNK]
 
 
 def _names(pool: Pool) -> list[str]:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -114,7 +115,9 @@ def run(config: Generate) -> None:
         done = _write(out, _records(job, answered), len(own), len(answered), preempted)
     if done < len(own):
         said = f"preempted: {done} of {len(own)} prompts answered; run the same command again to go on"
-        print(said, file=sys.stderr)
+        print(said, file=sys.stderr, flush=True)
+        if config.distributed:  # an orderly end waits for the other hosts, which have hours to go
+            os._exit(128 + signal.SIGTERM)
         sys.exit(128 + signal.SIGTERM)
     faults = {i: asks[i] for i in own if isinstance(asks[i], str)}
     print(f"generate: {len(own) - len(faults)} of {len(own)} prompts answered in {output}")
@@ -162,16 +165,20 @@ def _know(config: Generate) -> _Known:
 
 
 def _settings(config: Generate, known: _Known) -> dict[str, Any]:
-    """What the records depend on, the prompts apart."""
+    """What the records depend on, the prompts apart; the programs only where they round differently enough to matter."""
     length = draft_length(known.facts, config.num_speculative_tokens)
-    return {name: getattr(config, name) for name in SAME} | {"pool": known.digest, "num_speculative_tokens": length}
+    same = {name: getattr(config, name) for name in SAME} | {"pool": known.digest, "num_speculative_tokens": length}
+    if (config.dtype or known.facts["dtype"]) == "float32":
+        return same
+    programs = {"batch": config.batch, "admit_rows": config.admit_rows, "mesh": [config.mesh.data, config.mesh.model]}
+    return same | programs | {"device": jax.devices()[0].device_kind}
 
 
 def _pool(config: Generate, known: _Known, asks: Sequence[Ask | str], mesh: jax.sharding.Mesh | None) -> Pool:
     """The pool, once it is known that it fits."""
     facts, target, draft = known.facts, known.target, known.draft
     requests = [ask.request for ask in asks if isinstance(ask, Ask)]
-    dtype, tasks = config.dtype or facts["dtype"], len(facts["tasks"])
+    dtype, tasks, whole = config.dtype or facts["dtype"], len(facts["tasks"]), 3 if facts["trunk"] else 2
     load = Load(
         batch=config.batch,
         prompt_tokens=max((len(r.ids) for r in requests), default=1),
@@ -180,7 +187,8 @@ def _pool(config: Generate, known: _Known, asks: Sequence[Ask | str], mesh: jax.
         dtype=dtype,
         tasks=tasks,
         rank=facts["rank"],
-        drafters=2 if config.batch > 1 and not serving.stacks(draft, tasks, dtype) else 3 + tasks,
+        drafters=whole if config.batch > 1 and not serving.stacks(draft, tasks, dtype) else whole + 1 + tasks,
+        logprobs=config.logprobs,
         prefill_rows=-(-config.admit_rows // config.mesh.data) * config.mesh.data,  # rows that do not divide are whole
     )
     memory = device_memory() if config.mesh.memory is None else int(config.mesh.memory * GIB)
@@ -360,7 +368,12 @@ def _ask(config: Generate, known: _Known, number: int, line: Line | Fault) -> As
     room = min(known.target.max_positions, known.draft.max_positions) - own["max_new_tokens"]
     if len(ids) > room:
         return f"prompt of {len(ids)} tokens is longer than {room}, the models' positions less max_new_tokens"
-    return Ask(Request(ids=ids, number=number, **own), tuple(stops))
+    return Ask(Request(ids=ids, number=_stream_of(line, number), **own), tuple(stops))
+
+
+def _stream_of(line: Line, number: int) -> int:
+    """The name of a line's random stream: of its id where it has one, so that lines may come in any order, else its place."""
+    return number if line.id == line.source else zlib.crc32(line.id.encode()) & 0x7FFFFFFF
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def run(experiment: Experiment) -> None:
 
 
 def load_of(experiment: Experiment) -> Load:
-    """The log's replay with the whole pool in memory: base, mixed and the bank of as many tasks as there may be."""
+    """The log's replay with the whole pool in memory: base, mixed, trunk and the bank of as many tasks as there may be."""
     trace, partition = experiment.trace, experiment.partition
     return Load(
         batch=trace.batch,
@@ -40,7 +40,7 @@ def load_of(experiment: Experiment) -> Load:
         dtype=experiment.dtype,
         tasks=partition.num_clusters or partition.max_clusters,
         rank=experiment.align.rank,
-        drafters=2,
+        drafters=3 if experiment.align.trunk else 2,
     )
 
 

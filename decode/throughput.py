@@ -35,8 +35,8 @@ from jaxspec.store.stages import write_json
 
 METHODS = ("autoregressive", "base", "one route", "routed")
 
-ROUNDS = 4  # rounds of a chunk whose time is taken
-FULL = 4  # times that the slots are filled for it
+ROUNDS = 4, 12  # rounds of the chunks whose times are compared
+FULL = 8  # times that the slots are filled for it
 
 Texts = dict[str, list[list[int]]]
 
@@ -153,9 +153,11 @@ def _measure(config: Throughput, pool: Pool, requests: Sequence[Request], slots:
             timed[name].append(_figures(engines[name], completions))
             texts[name] = [completion.ids for completion in completions]
     middle = lambda name, field: statistics.median(own[field] for own in timed[name])
-    figures = {name: {field: middle(name, field) for field in timed[name][0]} for name in METHODS}
-    for name in METHODS:
-        figures[name]["microseconds_a_round"] = _round(engines[name], methods[name], requests)
+    figures: dict[str, dict[str, float | None]] = {
+        name: {field: middle(name, field) for field in timed[name][0]} for name in METHODS
+    }
+    for name, time in _rounds(engines, methods, requests).items():
+        figures[name]["microseconds_a_round"] = time
     return {"slots": slots, **figures}, texts
 
 
@@ -190,16 +192,32 @@ def _figures(engine: Engine, completions: Sequence[Completion]) -> dict[str, flo
     }
 
 
-def _round(engine: Engine, method: Method, requests: Sequence[Request]) -> float | None:
-    """Microseconds of a round: the median over chunks that begin with all slots taken and do not end the last row."""
-    chunks: list[float] = []
-    for at in range(0, min(len(requests), FULL * engine.slots), engine.slots):
-        marks: list[float] = []
-        for _ in engine.stream(requests[at : at + engine.slots], method, rounds=ROUNDS):
-            if not marks or engine.seconds.decode > marks[-1]:
-                marks.append(engine.seconds.decode)
-        chunks += [end - begin for begin, end in itertools.pairwise(marks[:-1])]
-    return 1e6 * statistics.median(chunks) / ROUNDS if chunks else None
+def _rounds(
+    engines: dict[str, Engine], methods: dict[str, Method], requests: Sequence[Request]
+) -> dict[str, float | None]:
+    """Microseconds of a round, methods in turn: what a longer chunk takes over a shorter one, to each round that it is longer.
+
+    What a chunk costs beside its rounds, such as reading what rows emitted, is in neither.
+    """
+    chunks: dict[tuple[str, int], list[float]] = defaultdict(list)
+    slots = next(iter(engines.values())).slots
+    fills = [requests[at : at + slots] for at in range(0, len(requests) - slots + 1, slots)][:FULL] or [requests]
+    for fill, rounds, name in itertools.product(fills, ROUNDS, METHODS):
+        chunks[name, rounds] += _chunks(engines[name], methods[name], fill, rounds)
+    few, many = ROUNDS
+    middle = {key: statistics.median(own) for key, own in chunks.items() if own}
+    known = [name for name in METHODS if (name, few) in middle and (name, many) in middle]
+    slope = {name: 1e6 * (middle[name, many] - middle[name, few]) / (many - few) for name in known}
+    return {name: slope.get(name) for name in METHODS}
+
+
+def _chunks(engine: Engine, method: Method, requests: Sequence[Request], rounds: int) -> list[float]:
+    """Seconds of the chunks that begin with all slots taken and do not end the last row."""
+    marks: list[float] = []
+    for _ in engine.stream(requests, method, rounds=rounds):
+        if not marks or engine.seconds.decode > marks[-1]:
+            marks.append(engine.seconds.decode)
+    return [end - begin for begin, end in itertools.pairwise(marks[:-1])]
 
 
 def _print(row: dict[str, Any]) -> None:

@@ -144,8 +144,12 @@ def optimiser() -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.98))
 
 
-def schedule(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear rise over the first `warmup` share of the steps, then a cosine down to a tenth of the peak."""
+def schedule(step: int, steps: int, peak: float, warmup: float, *, falls: bool = True) -> float:
+    """Linear rise over the first `warmup` share of the steps, then a cosine down to a tenth of the peak if it `falls`.
+
+    Runs that go on from one that did not fall have spent no step at a low rate in vain (Hu et al. 2024, MiniCPM).
+    """
     rise = max(1, round(warmup * steps))
-    rate = optax.warmup_cosine_decay_schedule(peak / rise, peak, rise, max(steps, rise + 1), peak / 10)
+    floor = peak / 10 if falls else peak
+    rate = optax.warmup_cosine_decay_schedule(peak / rise, peak, rise, max(steps, rise + 1), floor)
     return np.asarray(rate(step)).item()

@@ -79,8 +79,8 @@ class Align:
     """LoRA scale: the update is alpha / rank times B A."""
     steps: int = 200
     """Optimiser steps of each specialist, its share of the trunk's included."""
-    trunk: float = 0.5
-    """Share of the steps that all specialists take together, on the union, before each goes on with its own task."""
+    trunk: float = 0.0
+    """Share of the steps that go into one full fine-tune on the union, from which specialists and `mixed` both go on."""
     rows: int = 8
     """Packed sequences of one task in a step."""
     row_tokens: int = 256

@@ -147,16 +147,15 @@ class Engine:
         self.programs = programs(target, drafter, rule, **own)
         of_length = {k: programs(target, other, rule, **own) for k, other in shorter.items()} if slots == 1 else {}
         self.lengths = {**of_length, drafter.num_nodes: self.programs}
-        self._place, self._settle = placement.rows, jax.jit(placement.state)
+        self._place = placement.rows
         self.slots, self.room, self.vocab_size, self.smallest = slots, room, vocab_size, smallest
         self.admit_rows, self.sampled = min(admit_rows, slots), rule is not greedy
         self.seconds = Seconds()
         self.compiled: list[Compiled] = []
         self._target_params = target_params
         self._prefill_params = target_params if prefill_params is None else prefill_params
-        self._empty = lambda params: empty_slots(
-            target, drafter, rule, params, slots=slots, room=room, sampled=self.sampled, recorder=recorder
-        )
+        shape = {"slots": slots, "room": room, "sampled": self.sampled, "recorder": recorder, "placement": placement}
+        self._empty = jax.jit(empty_slots(target, drafter, rule, **shape))
         self._states: dict[Any, Slots] = {}
 
     def complete(self, requests: Sequence[Request], method: Method) -> list[Completion]:
@@ -185,7 +184,7 @@ class Engine:
         state = self._states.pop(kind, None)
         while waiting or rows:
             if state is None:
-                state = self._settle(self._empty(self._params(method, rows)))
+                state = self._empty(self._params(method, rows))
             while waiting and len(rows) < self.slots:
                 group = waiting.take(min(self.admit_rows, self.slots - len(rows)))
                 state = self._admit(state, method, rows, group)

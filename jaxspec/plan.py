@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxspec import sharding, verify
+from jaxspec import recording, sharding, verify
 from jaxspec.adapters import init_bank
 from jaxspec.config import UserError
 from jaxspec.drafters.lm import LMDrafterParams, lm_drafter
 from jaxspec.requests import bucket_of, room_of
-from jaxspec.speculate import speculator
+from jaxspec.slots import Slots, empty_slots
 from jaxspec.target import lm_target
 from jaxspec.transformer import LMConfig, abstract
-from jaxspec.types import Prompt, Sampling, SpecParams, SpecState
+from jaxspec.types import SpecParams
 
 GIB = 2**30
 
@@ -25,10 +25,11 @@ GIB = 2**30
 class Load:
     """What is to be decoded.
 
-    batch: rows decoded together, on all devices; prefill_rows: rows read at a time, None for all of them.
+    batch: rows decoded together, on all devices; prefill_rows: rows read at a time, None for all of them;
+    logprobs: whether log probabilities are recorded.
     prompt_tokens, max_new_tokens: longest prompt and completion.
-    tasks, rank: of the LoRA bank, 0 tasks for none; drafters: whole drafters in memory, the base with `mixed` and
-    merged specialists.
+    tasks, rank: of the LoRA bank, 0 tasks for none; drafters: whole drafters in memory, the base with `mixed`, a trunk
+    and merged specialists.
     """
 
     batch: int
@@ -40,6 +41,7 @@ class Load:
     rank: int = 0
     drafters: int = 1
     prefill_rows: int | None = None
+    logprobs: bool = False
 
 
 class Row(NamedTuple):
@@ -128,7 +130,7 @@ def _weights(target: LMConfig, draft: LMConfig, load: Load, mesh) -> list[Row]:
     rows = [
         Row("weights", "target", sharding.device_bytes(shapes.target, sharding.param_specs(shapes.target), mesh)),
         Row("weights", "base drafter", drafter),
-        Row("weights", "mixed and merged drafters", (load.drafters - 1) * drafter),
+        Row("weights", "mixed, trunk, merged drafters", (load.drafters - 1) * drafter),
     ]
     bank = shapes.drafter.bank
     size = 0 if bank is None else sharding.device_bytes(bank, sharding.param_specs(bank, "drafter"), mesh)
@@ -136,20 +138,20 @@ def _weights(target: LMConfig, draft: LMConfig, load: Load, mesh) -> list[Row]:
 
 
 def _state(target: LMConfig, draft: LMConfig, load: Load, batch: int, kind: str, mesh) -> list[Row]:
-    one = _one_row(target, draft, replace(load, batch=1))
+    one = _one_slot(target, draft, replace(load, batch=1))
     state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype), one)
-    specs = sharding.state_specs(state)
-    drafter, own = state.drafter, specs.drafter
-    rest, rest_specs = (tree._replace(target=(), drafter=()) for tree in (state, specs))
+    specs = sharding.row_specs(state)._replace(spec=sharding.state_specs(state.spec))
+    drafter, own = state.spec.drafter, specs.spec.drafter
+    rest, rest_specs = (tree._replace(spec=tree.spec._replace(target=(), drafter=())) for tree in (state, specs))
     return [
-        Row(kind, "target cache", sharding.device_bytes(state.target, specs.target, mesh)),
+        Row(kind, "target cache", sharding.device_bytes(state.spec.target, specs.spec.target, mesh)),
         Row(
             kind,
             "drafter cache",
             sharding.device_bytes(drafter._replace(adapter=None), own._replace(adapter=None), mesh),
         ),
         Row(kind, "rows' own adapters", sharding.device_bytes(drafter.adapter, own.adapter, mesh)),
-        Row(kind, "token buffers", sharding.device_bytes(rest, rest_specs, mesh)),
+        Row(kind, "tokens, rounds and records", sharding.device_bytes(rest, rest_specs, mesh)),
     ]
 
 
@@ -174,20 +176,16 @@ def _round(target: LMConfig, load: Load, mesh) -> list[Row]:
 
 
 @lru_cache(maxsize=32)
-def _one_row(target: LMConfig, draft: LMConfig, load: Load) -> SpecState:
-    """Shapes of one row's state, sampling with top-k and top-p; every leaf has rows first, so more rows are as simple."""
+def _one_slot(target: LMConfig, draft: LMConfig, load: Load) -> Slots:
+    """Shapes of one slot, sampling with top-k and top-p; every leaf has slots first, so more of them are as simple."""
     dtype = jnp.dtype(load.dtype)
     drafter = lm_drafter(draft, load.num_speculative_tokens, vocab_size=target.vocab_size, dtype=dtype)
-    spec = speculator(lm_target(target, dtype), drafter, verify.rejection, stop_tokens=(0,))
-    bucket, slots = _buffers(load)
-
-    def init(params: SpecParams) -> SpecState:
-        none = jnp.zeros(1, jnp.int32)
-        prompt = Prompt(jnp.zeros((1, bucket), jnp.int32), none, jax.random.key(0)[None], none, none, none)
-        state, _ = lm_target(target, dtype).init(params.target, prompt, slots)
-        return spec.init(params, prompt, state, Sampling(jnp.ones(1), none, jnp.ones(1)), slots)
-
-    return jax.eval_shape(init, _params(target, draft, load))
+    _, room = _buffers(load)
+    recorder = recording.logprobs(room) if load.logprobs else recording.NOTHING
+    shape = {"slots": 1, "room": room, "sampled": True, "recorder": recorder}
+    return jax.eval_shape(
+        empty_slots(lm_target(target, dtype), drafter, verify.rejection, **shape), _params(target, draft, load)
+    )
 
 
 @lru_cache(maxsize=32)

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-BASE = -1  # the route of the base drafter
+TRUNK = -1  # the route of what adapters belong on, which is the base drafter unless it was trained first
 
 
 class RouterParams(NamedTuple):
@@ -52,9 +52,9 @@ def probabilities(params: RouterParams, features: Array) -> Array:
 
 
 def choose(probability: np.ndarray, fallback_below: float) -> np.ndarray:
-    """Routes `[B]`: the likeliest task, or BASE where it is less likely than `fallback_below`."""
+    """Routes `[B]`: the likeliest task, or TRUNK where it is less likely than `fallback_below`."""
     likeliest = probability.argmax(-1)
-    return np.where(probability.max(-1) < fallback_below, BASE, likeliest)
+    return np.where(probability.max(-1) < fallback_below, TRUNK, likeliest)
 
 
 def token_seconds(acceptance_length: np.ndarray, round_seconds: np.ndarray) -> np.ndarray:

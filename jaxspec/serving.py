@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxspec import router, verify
 from jaxspec.adapters import Stacked, stack
-from jaxspec.drafters import lm_drafter, silent_drafter
+from jaxspec.drafters import lm_drafter, ngram_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.sharding import over
@@ -44,6 +44,11 @@ def speculative(
     return _engine(pool, drafter, rule, shorter=fewer, **shape)
 
 
+def looking_up(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", **shape: Any) -> Engine:
+    """Speculative decoding with what the text itself says, see `drafters.ngram`."""
+    return _engine(pool, ngram_drafter(num_speculative_tokens), rule, **shape)
+
+
 def idle_width() -> int:
     """Columns of a window in which nothing is drafted: two on accelerators, where one is slower."""
     return 1 if jax.default_backend() == "cpu" else 2
@@ -56,8 +61,8 @@ def autoregressive(pool: Pool, width: int, rule: str = "greedy", **shape: Any) -
 
 @lru_cache(maxsize=8)
 def always(pool: Pool, name: str, slots: int) -> Method:
-    """`autoregressive`, or the drafter of that name: the same for every prompt."""
-    params = () if name == "autoregressive" else LMDrafterParams(laid(pool.drafter(name), slots))
+    """One without weights, `autoregressive` or `ngram`, or the drafter of that name: the same for every prompt."""
+    params = () if name in ("autoregressive", "ngram") else LMDrafterParams(laid(pool.drafter(name), slots))
     return Method(name, unrouted, lambda routes: params)
 
 
@@ -68,7 +73,7 @@ def given(pool: Pool, slots: int) -> Method:
 
 def routed(pool: Pool, slots: int) -> Method:
     """The drafter of the router's choice of task, where a request does not name its route."""
-    drafters = np.array([*pool.drafters, router.BASE])  # the last is that of no task
+    drafters = np.array([*pool.drafters, router.TRUNK])  # the last is that of no task
 
     def choose(probability: np.ndarray) -> tuple[np.ndarray, None]:
         return drafters[router.choose(probability, pool.facts["fallback_below"])], None
@@ -79,17 +84,20 @@ def routed(pool: Pool, slots: int) -> Method:
 def chosen(pool: Pool, slots: int, lengths: Sequence[int], *, bank: bool = False) -> Method:
     """Whichever drafter and draft length among `lengths` promise the most tokens per second; the base where the task is unsure.
 
+    In several slots, whose rows draft with the bank, the trunk stands in for the base.
+
     Several slots share the longest length. With one length the choice is the same for any number of slots, and rows draft
     with the bank, which the mixed drafter is no part of: where it promises more, it serves all rows, unless requests name
     drafters of the `bank`.
     """
     alone, mixed = slots == 1 and len(lengths) > 1, len(pool.tasks)
-    lengths, base = lengths if alone else [max(lengths)], mixed + 1
+    lengths, trunk = lengths if alone else [max(lengths)], len(pool.names) - 1
+    base = pool.names.index("base") if alone else trunk
     seconds = expected_seconds(pool.facts, lengths)
-    of_bank = [*range(mixed), base]
+    of_bank = [*range(mixed), trunk]
     share = np.array(pool.facts["sizes"]) / sum(pool.facts["sizes"])
     united = not (alone or bank) and share @ seconds[mixed, :, 0] <= share @ seconds[of_bank, :, 0].min(0)
-    candidates = [mixed] if united else [*range(base + 1)] if alone else of_bank
+    candidates = [mixed] if united else [*range(trunk + 1)] if alone else of_bank
 
     def among(drafters: list[int], probability: np.ndarray) -> np.ndarray:
         best, length = router.fastest(probability, seconds[drafters])
@@ -99,7 +107,7 @@ def chosen(pool: Pool, slots: int, lengths: Sequence[int], *, bank: bool = False
         unsure = probability.max(-1) < pool.facts["fallback_below"]
         fallback = among([mixed] if united else [base], probability)
         drafter, k = np.where(unsure, fallback, among(candidates, probability))
-        return np.where((drafter == base) | (k == 0), router.BASE, drafter), k
+        return np.where((drafter == trunk) | (k == 0), router.TRUNK, drafter), k
 
     if united:
         return always(pool, "mixed", slots)._replace(name="chosen", route=_classifier(pool, choose))
@@ -120,7 +128,7 @@ def _classifier(pool: Pool, choose: Callable) -> Callable[[np.ndarray], Routes]:
 
 @lru_cache(maxsize=4)
 def adapted(pool: Pool, slots: int) -> Callable[[np.ndarray], LMDrafterParams]:
-    """Routes -> drafter parameters: merged weights for one slot, which has one route, else base weights and the bank."""
+    """Routes -> drafter parameters: merged weights for one slot, which has one route, else the trunk and the bank."""
 
     @cache
     def merged(route: int) -> LMDrafterParams:
@@ -129,9 +137,9 @@ def adapted(pool: Pool, slots: int) -> Callable[[np.ndarray], LMDrafterParams]:
     if slots == 1:
         return lambda routes: merged(int(routes[0]))
     if stacks(pool.pair.draft.config, len(pool.tasks), _dtype(pool)):
-        side_by_side = LMDrafterParams(stack(pool.pair.draft.params, pool.bank), Stacked())
+        side_by_side = LMDrafterParams(stack(pool.trunk, pool.bank), Stacked())
         return lambda routes: side_by_side
-    weights = laid(pool.pair.draft.params, slots)  # adapters are merged into plain kernels, so the layout comes last
+    weights = laid(pool.trunk, slots)  # adapters are merged into plain kernels, so the layout comes last
     banked = LMDrafterParams(weights, jax.tree.map(lambda x: x.astype(_dtype(pool)), pool.bank))
     return lambda routes: banked
 

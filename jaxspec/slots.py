@@ -82,29 +82,32 @@ def empty_slots(
     target: Target,
     drafter: Drafter,
     rule: Rule,
-    params: SpecParams,
     *,
     slots: int,
     room: int,
     sampled: bool,
-    recorder: Recorder,
-) -> Slots:
-    """B slots of nothing, all done; allocates `room` tokens of cache for each."""
+    recorder: Recorder = NOTHING,
+    placement: Placement = ONE_DEVICE,
+) -> Callable[[SpecParams], Slots]:
+    """params -> B slots of nothing, all done, with `room` tokens of cache for each; to be jitted, which puts them in place."""
     spec = speculator(target, drafter, rule, stop_tokens=())
-    zero = jnp.zeros(slots, jnp.int32)
-    sampling = Sampling(jnp.zeros(slots), zero + 1, jnp.ones(slots)) if sampled else None
 
-    def build(params):
+    def build(params: SpecParams) -> Slots:
+        zero = jnp.zeros(slots, jnp.int32)
+        sampling = Sampling(jnp.zeros(slots), zero + 1, jnp.ones(slots)) if sampled else None
         keys = jax.random.split(jax.random.key(0), slots)
         prompt = Prompt(jnp.zeros((slots, room), jnp.int32), zero + 1, keys, zero, zero, zero - 1)
         state, _ = target.init(params.target, prompt, room)
         return _fresh(spec, recorder, params, prompt, state, sampling)
 
-    shapes = jax.eval_shape(build, params)
-    blank_keys = lambda leaf: jax.random.split(jax.random.key(0), leaf.shape[0])
-    zeros = lambda leaf: blank_keys(leaf) if _is_key(leaf) else jnp.zeros(leaf.shape, leaf.dtype)
-    blank = jax.tree.map(zeros, shapes)
-    return blank._replace(spec=blank.spec._replace(done=jnp.ones(slots, bool), length=zero + 1))
+    def empty(params: SpecParams) -> Slots:
+        blank_keys = lambda leaf: jax.random.split(jax.random.key(0), leaf.shape[0])
+        zeros = lambda leaf: blank_keys(leaf) if _is_key(leaf) else jnp.zeros(leaf.shape, leaf.dtype)
+        blank = jax.tree.map(zeros, jax.eval_shape(build, params))
+        nobody = blank.spec._replace(done=jnp.ones(slots, bool), length=jnp.ones(slots, jnp.int32))
+        return placement.state(blank._replace(spec=nobody))
+
+    return empty
 
 
 def insert(slots: Slots, rows: Slots, where: Array) -> Slots:

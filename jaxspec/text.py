@@ -17,9 +17,9 @@ from jaxspec.config import UserError
 from jaxspec.engine import FOREVER, Engine, Method
 from jaxspec.requests import SETTINGS, Request, bucket_of, checked, room_of
 from jaxspec.requests import Completion as Row
-from jaxspec.router import BASE
+from jaxspec.router import TRUNK
 from jaxspec.store.models import encode
-from jaxspec.store.pool import Pool, draft_length, draft_lengths
+from jaxspec.store.pool import Pool, draft_length, draft_lengths, drafter_names
 from jaxspec.store.prompts import Line
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -34,7 +34,7 @@ class Completion:
 
     text: without special tokens, cut before a stop string; token_ids: to the token that ended it, that one included.
     finish_reason: `stop` (a stop token or string) or `length`.
-    task: the router's likeliest task; drafter: who drafted, `base` or a task; route_confidence: of that task.
+    task: the router's likeliest task; drafter: who drafted, one of `Pool.names`; route_confidence: of that task.
     num_drafts: target calls after prefill; num_draft_tokens, num_accepted_tokens: of whole blocks, as vLLM counts them;
         num_accepted_tokens_per_pos: accepted by place in the block, up to where the text ends.
     logprobs: the target's log probability of each token, in nats: as it is, and after temperature, top-k and top-p.
@@ -112,12 +112,15 @@ def serve(pool: Pool, engine: Engine, method: Method, asks: Sequence[Ask], *, ro
 
 
 def drafter_named(facts: dict[str, Any], name: Any) -> int | None:
-    """The route that a name asks for, `base`, a task or its label; None for None, which leaves it to the router."""
+    """The route that a name asks for: a task, its label, or what adapters belong on (`base`, or `trunk`).
+
+    None for None, which leaves it to the router.
+    """
     if name is None:
         return None
     by_size = sorted(range(len(facts["tasks"])), key=lambda task: facts["sizes"][task])
     labels = {label: task for task in by_size if (label := facts["labels"][task])}  # the largest has the name
-    names = {"base": BASE, **labels, **{task: i for i, task in enumerate(facts["tasks"])}}
+    names = {drafter_names(facts)[-1]: TRUNK, **labels, **{task: i for i, task in enumerate(facts["tasks"])}}
     if not isinstance(name, str) or name not in names:
         raise UserError(f"no drafter {name!r} in this pool; it has {', '.join(map(str, names))}")
     return names[name]

@@ -132,7 +132,7 @@ class Target(NamedTuple):
 
     init: (params, prompt: Prompt, slots: int) -> (state, features `[B, P, H]`).
     score: (params, state, window `[B, W]`, parents `[B, N]` | None, sampling) -> (Scores, state).
-    commit: (state, verdict) -> state, rewound to what was emitted.
+    commit: (state, verdict, parents `[B, N]` | None) -> state, rewound to what was emitted.
     """
 
     init: Callable[..., tuple[State, Array]]

@@ -88,7 +88,7 @@ def experiment(world) -> Experiment:
         prompts=str(world.prompts),
         trace=Trace(batch=8, max_new_tokens=12, max_prompt_tokens=100, num_speculative_tokens=2, top_logits=8),
         partition=Partition(num_clusters=3),
-        align=Align(rank=4, alpha=4.0, steps=4, rows=2, row_tokens=64, checkpoint_every=2, **rates),
+        align=Align(rank=4, alpha=4.0, steps=4, trunk=0.5, rows=2, row_tokens=64, checkpoint_every=2, **rates),
         router=Router(hidden=16, steps=60, batch=32),
         calibrate=Calibrate(lengths=(1, 2), prompts=2, passes=1, max_new_tokens=12),
     )

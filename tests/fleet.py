@@ -54,11 +54,11 @@ CASES = {
 }
 
 
-def engine(case: Case, mesh=None) -> Engine:
+def engine(case: Case, mesh=None, **settings) -> Engine:
     """The case's engine, on a mesh if there is one."""
     placement = ONE_DEVICE if mesh is None else sharding.over(mesh)
     params = placement.params(weights(case.adapters)).target
-    shape = {"slots": ROWS, "room": ROOM, "vocab_size": TARGET.vocab_size, "admit_rows": ROWS}
+    shape = {"slots": ROWS, "room": ROOM, "vocab_size": TARGET.vocab_size, "admit_rows": ROWS, **settings}
     drafter = lm_drafter(DRAFT, case.drafted) if case.drafted else silent_drafter(1)
     own = lm_target(TARGET), drafter, case.law
     return Engine(*own, params, stop_tokens=(EOS,), placement=placement, **shape)

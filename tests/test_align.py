@@ -1,5 +1,7 @@
 """Laws of alignment: what divergences mean, that training lowers rejection, and that packing changes nothing."""
 
+import dataclasses
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import jax
@@ -9,9 +11,12 @@ import optax
 import pytest
 
 from jaxspec import align
-from jaxspec.config import Align
+from jaxspec.config import Align, UserError
 from jaxspec.packing import as_batch, pack, packed_rows, places
-from jaxspec.store.traces import Traces
+from jaxspec.store.huggingface import read_model
+from jaxspec.store.stages import manifest, read_arrays
+from jaxspec.store.traces import Traces, read_traces
+from train import align as stage
 
 VOCAB = 6
 
@@ -158,3 +163,44 @@ def test_a_step_of_the_aligner_moves_down_and_skips_masked_places():
     assert float(aligner.evaluate((), state.params, batch)[0]) < float(first)
     spoiled = batch._replace(log_p=np.where(batch.mask[..., None], batch.log_p, 7.0))
     assert float(aligner.evaluate((), state.params, spoiled)[0]) == float(aligner.evaluate((), state.params, batch)[0])
+
+
+def test_a_rate_falls_to_a_tenth_unless_another_run_goes_on_from_there():
+    falling, staying = ([align.schedule(i, 40, 1e-3, 0.1, falls=falls) for i in range(40)] for falls in (True, False))
+    assert falling[:5] == staying[:5] == sorted(staying[:5]) and max(falling) == pytest.approx(1e-3)
+    assert falling[4:] == sorted(falling[4:], reverse=True) and falling[-1] == pytest.approx(1e-4, rel=0.05)
+    assert staying[4:] == pytest.approx([1e-3] * 36)
+
+
+def test_mixed_is_paid_what_trunk_and_specialists_are_paid_and_both_go_on_from_the_trunk(finished):
+    traces, partition = read_traces(finished.out), read_arrays(Path(finished.out, "partition", "partition.npz"))
+    draft = read_model(finished.draft, jnp.float32)
+    trunk = jax.tree.map(lambda x: x[None] + 1, draft.params)
+    results = {"trunk": {"params": trunk}}
+    courses = {own.name: own for own in stage._courses(finished, traces, partition, draft, 300, results)}
+    spent = {name: course.steps * len(course.train) for name, course in courses.items()}
+    whole = finished.align.steps * len(partition["centroids"])
+    assert spent["trunk"] + spent["bank"] == spent["trunk"] + spent["mixed_full"] == spent["mixed_lora"] == whole
+    assert courses["trunk"].train[0] + courses["mixed_full"].train[0] == courses["mixed_lora"].train[0]
+    assert not courses["trunk"].falls and all(course.falls for name, course in courses.items() if name != "trunk")
+    same = lambda x, y: np.testing.assert_array_equal(x, y)
+    jax.tree.map(same, courses["mixed_full"].params, trunk)
+    jax.tree.map(lambda x, y: same(x, y[0]), courses["bank"].frozen, trunk)
+    jax.tree.map(same, courses["mixed_lora"].frozen, draft.params)
+    said = manifest(finished.out, "align")["results"]
+    assert said["mixed_full"]["before"] == pytest.approx(said["trunk"]["agreement"])
+
+
+def test_without_a_trunk_specialists_start_from_the_base(finished, out_with):
+    out = out_with("trace", "partition")
+    spec = dataclasses.replace(finished.align, trunk=0.0, steps=2)
+    stage.run(dataclasses.replace(finished, out=str(out), align=spec))
+    assert manifest(str(out), "align")["results"].keys() >= {"bank", "mixed_lora", "mixed_full", "mixed"}
+    assert not (out / "align" / "trunk.safetensors").exists()
+
+
+def test_a_trunk_that_has_no_rate_is_refused(finished, out_with):
+    out = out_with("trace", "partition")
+    spec = dataclasses.replace(finished.align, full_learning_rates=())
+    with pytest.raises(UserError, match=r"--align.trunk 0.5 .* --align.full-learning-rates"):
+        stage.run(dataclasses.replace(finished, out=str(out), align=spec))

@@ -413,8 +413,8 @@ def in_memory(loaded, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
-        ({"drafter": "fishing"}, ["no drafter 'fishing'", "it has base, ", "task 0"]),
-        ({"drafter": ["base"]}, ["no drafter ['base']", "it has base, "]),
+        ({"drafter": "fishing"}, ["no drafter 'fishing'", "it has trunk, ", "task 0"]),
+        ({"drafter": ["base"]}, ["no drafter ['base']", "it has trunk, "]),
         ({"temprature": 1}, ["unknown key 'temprature'", "a line may have", "temperature"]),
         ({"max_new_tokens": "ten"}, ["max_new_tokens 'ten'", "a whole number from 1"]),
         ({"max_new_tokens": 0}, ["max_new_tokens 0", "from 1"]),

@@ -13,7 +13,7 @@ from decode.throughput import Throughput
 from jaxspec import router, serving
 from jaxspec.adapters import Stacked
 from jaxspec.requests import Request
-from jaxspec.router import BASE
+from jaxspec.router import TRUNK
 from jaxspec.store.pool import draft_lengths, load_pool
 from jaxspec.transformer import NARROW
 
@@ -22,7 +22,7 @@ FIELDS = {
     "mean_acceptance_length", "acceptance_by_position", "equal_to_autoregressive", "equal_to_fastest_autoregressive",
     "speedup_vs_autoregressive", "speedup_vs_base",
 }  # fmt: skip
-METHODS = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "wrong", "oracle")
+METHODS = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "wrong", "oracle", "ngram")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,8 @@ def test_the_json_has_its_fields(bench):
     )
     counts = bench["router"]["confusion"]["counts"]
     assert sum(map(sum, counts)) == 6
+    rate = lambda name: bench["mean"][name]["speedup_vs_autoregressive"]
+    assert bench["router"]["regret"] == pytest.approx(1 - rate("routed") / rate("oracle"))  # one task, one pass
 
 
 def knowing(pool, lengths, rounds=None, fastest=2, **facts):
@@ -83,17 +85,22 @@ def features_of(pool):
     return np.random.default_rng(0).normal(size=(64, pool.pair.target.config.width)).astype(np.float32)
 
 
-def test_a_task_whose_drafter_gains_nothing_is_served_by_the_base_and_keeps_its_name(loaded):
+def test_a_task_whose_adapter_gains_nothing_is_served_without_and_keeps_its_name(loaded):
     better, fewer, even = [1.0, 9.0, 2.5], [1.0, 9.0, 1.5], [1.0, 1.0, 2.0]
-    lengths = {"base": [even] * 3, "task 0": [even, *[better] * 2], "task 1": [fewer, better, fewer]}
+    lengths = {
+        "base": [fewer] * 3,
+        "trunk": [even] * 3,
+        "task 0": [even, *[better] * 2],
+        "task 1": [fewer, better, fewer],
+    }
     pool = knowing(loaded, {**lengths, "task 2": [better, better, None], "mixed": [even] * 3}, fallback_below=0.0)
-    assert pool.drafters == [BASE, 1, 2]
+    assert pool.drafters == [TRUNK, 1, 2]
     assert knowing(loaded, pool.facts["acceptance_length"], fastest=0).drafters == pool.drafters
     found = serving.routed(pool, 1).route(features_of(loaded))
     assert set(found.task) == {0, 1, 2}
-    assert (found.route == np.where(found.task == 0, BASE, found.task)).all()
+    assert (found.route == np.where(found.task == 0, TRUNK, found.task)).all()
     unsure = dataclasses.replace(pool, facts={**pool.facts, "fallback_below": 1.1})
-    assert (serving.routed(unsure, 1).route(features_of(loaded)).route == BASE).all()
+    assert (serving.routed(unsure, 1).route(features_of(loaded)).route == TRUNK).all()
 
 
 def test_the_chosen_drafter_and_length_are_those_of_the_least_expected_time(loaded):
@@ -101,17 +108,20 @@ def test_the_chosen_drafter_and_length_are_those_of_the_least_expected_time(load
     none, some, most = [1.0, 1.0, 1.0], [1.0, 1.6, 2.0], [1.0, 1.8, 2.6]
     lengths = {"task 0": [most, none, none], "task 1": [none, none, none], "task 2": [none, none, none]}
     pool = knowing(
-        loaded, {**lengths, "mixed": [some, most, none], "base": [none, none, none]}, {0: 1.0, 1: 1.5, 2: 2.0}
+        loaded,
+        {**lengths, "mixed": [some, most, none], "base": [none] * 3, "trunk": [none] * 3},
+        {0: 1.0, 1: 1.5, 2: 2.0},
     )
     assert draft_lengths(pool.facts) == (0, 2)
     found = serving.chosen(pool, 1, [0, 2]).route(features_of(pool))
     sure = found.confidence > 0.95
     assert set(found.task[sure]) == {0, 1, 2}
-    assert (found.route[sure] == np.array([0, 3, BASE])[found.task[sure]]).all()
+    assert (found.route[sure] == np.array([0, 3, TRUNK])[found.task[sure]]).all()
     assert (found.num_speculative_tokens[sure] == np.array([2, 2, 0])[found.task[sure]]).all()
     unsure = dataclasses.replace(pool, facts={**pool.facts, "fallback_below": 1.1})
     fallen = serving.chosen(unsure, 1, [0, 2]).route(features_of(pool))
-    assert (fallen.route == BASE).all() and set(fallen.task) == set(found.task)
+    assert set(fallen.task) == set(found.task)
+    assert {loaded.names[route] for route in fallen.route} == {"base"} or (fallen.num_speculative_tokens == 0).all()
     several = serving.chosen(pool, 4, [2])
     united = several.route(features_of(pool))
     assert (united.route == 3).all() and several.drafter_params(united.route[:4]).bank is None

@@ -82,9 +82,9 @@ def _next(params, text):
     return jnp.argmax(unembed(TARGET, params, forward(TARGET, params, text)), -1)[0]
 
 
-@pytest.mark.parametrize("k", SPEC)
-def test_greedy_equals_plain_decoding(k):
-    for completion, ids in zip(answer(SPEC[k], LMDrafterParams(DRAFT)), PROMPTS, strict=True):
+@pytest.mark.parametrize(("program", "params"), [(SPEC[1], DRAFT), (SPEC[3], DRAFT), (NEARLY, NEAR)])
+def test_greedy_equals_plain_decoding(program, params):
+    for completion, ids in zip(answer(program, LMDrafterParams(params)), PROMPTS, strict=True):
         assert completion.ids == plain_greedy(ids)
 
 
@@ -275,6 +275,8 @@ def test_a_step_preserves_the_type_of_its_state(sampled):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_greedy_is_bit_equal_through_its_own_program(dtype, place):
     low = lambda tree: place(jax.tree.map(lambda x: x.astype(dtype), tree))
-    own = engine(lm_drafter(SMALL, 3, dtype=dtype), target=low(PARAMS), dtype=dtype)
-    run = lambda limit: answer(own, LMDrafterParams(low(DRAFT)), draft_limit=limit)
-    assert [c.ids for c in run(16)] == [c.ids for c in run(0)]
+    own = engine(lm_drafter(TARGET, 3, dtype=dtype), target=low(PARAMS), dtype=dtype)
+    run = lambda limit: answer(own, LMDrafterParams(low(NEAR)), draft_limit=limit)
+    drafted = run(16)
+    assert metrics.total(c.counts for c in drafted).num_accepted_tokens > 20
+    assert [c.ids for c in drafted] == [c.ids for c in run(0)]

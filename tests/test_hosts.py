@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -76,8 +77,9 @@ def answered(file: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_job_of_two_hosts_goes_on_when_one_of_them_was_killed(pool, tmp_path):
-    """SIGKILL in the middle of its records; the scheduler ends the other and starts the same command again."""
+@pytest.mark.parametrize("notice", [signal.SIGKILL, signal.SIGTERM])
+def test_a_job_of_two_hosts_goes_on_when_one_of_them_was_killed(pool, tmp_path, notice):
+    """In the middle of its records, and it does not wait for the other; the scheduler starts the same command again."""
     prompts = [{"id": str(i), "prompt": f"stir the onion {i}", "temperature": i % 2 * 0.7} for i in range(600)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
     files = {"pool": pool, "input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "alone.jsonl")}
@@ -101,7 +103,9 @@ def test_a_job_of_two_hosts_goes_on_when_one_of_them_was_killed(pool, tmp_path):
     mine, deadline = part_file(output, 1, 2), time.monotonic() + 120
     while answered(mine) == 0 and time.monotonic() < deadline and job[1].poll() is None:
         time.sleep(0.02)
-    kill(job[1:])
+    job[1].send_signal(notice)
+    job[1].communicate(timeout=10)
+    assert job[1].returncode == (143 if notice == signal.SIGTERM else -notice) and job[0].poll() is None
     assert 0 < answered(mine) < 300 and not output.exists()
     kill(job[:1])
     kept = mine.read_bytes()

@@ -1,5 +1,7 @@
 """Drafters written for other software say there what they say here."""
 
+import json
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from decode import export
 from jaxspec.config import command_line
+from jaxspec.store.pool import load_pool
 from jaxspec.transformer import forward, unembed
 
 TOKENS = np.random.default_rng(0).integers(8, 300, size=(2, 17))
@@ -35,17 +38,39 @@ def close(found: np.ndarray, expected: np.ndarray) -> None:
 def folders(pool, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported")
     for to in ("peft", "hf"):
-        command_line(export.Export, export.run, ["--pool", pool, "--to", to, "--out", str(out / to)])
+        write(pool, to, out / to)
     return out
 
 
+def write(pool, to: str, out) -> None:
+    command_line(export.Export, export.run, ["--pool", str(pool), "--to", to, "--out", str(out)])
+
+
+def adapted(base, folder):
+    """The adapter of a folder on the model that it names, which is in the folder `base`."""
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
-def test_an_adapter_on_the_base_in_peft_has_the_logits_of_the_merged_drafter(loaded, folders):
+def test_an_adapter_on_the_trunk_in_peft_has_the_logits_of_the_merged_drafter(loaded, folders):
     for route, name in enumerate(loaded.tasks):
-        base = AutoModelForCausalLM.from_pretrained(loaded.pair.draft.path, dtype=torch.float32)
-        model = PeftModel.from_pretrained(base, folders / "peft" / name.replace(" ", "-"))
+        model = adapted(folders / "peft" / "trunk", folders / "peft" / name.replace(" ", "-"))
         close(theirs(model), ours(loaded, route))
         assert np.abs(ours(loaded, route) - ours(loaded, -1)).max() > 1e-3  # else the law says nothing
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_without_a_trunk_it_belongs_on_the_base(pool, tmp_path):
+    shutil.copytree(pool, tmp_path / "pool")
+    manifest = json.loads((tmp_path / "pool" / "manifest.json").read_text())
+    manifest["results"]["trunk"] = False
+    (tmp_path / "pool" / "manifest.json").write_text(json.dumps(manifest))
+    plain = load_pool(str(tmp_path / "pool"))
+    assert plain.names[-1] == "base"
+    write(plain.path, "peft", tmp_path / "peft")
+    close(theirs(adapted(plain.pair.draft.path, tmp_path / "peft" / "task-0")), ours(plain, 0))
+    assert np.abs(ours(plain, 0) - ours(plain, -1)).max() > 1e-3
 
 
 def test_a_merged_drafter_in_transformers_has_its_logits_and_tokenizer(loaded, folders):

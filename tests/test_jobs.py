@@ -89,6 +89,15 @@ def test_records_do_not_depend_on_the_batch(jobs, tmp_path, settings):
     assert_same("input", tmp_path / "out.jsonl", whole)
 
 
+def test_named_prompts_in_another_order_have_the_same_records(jobs, tmp_path):
+    command, whole = jobs
+    lines = Path(command[3]).read_text().splitlines()
+    random.Random(0).shuffle(lines)
+    (tmp_path / "shuffled.jsonl").write_text("\n".join(lines) + "\n")
+    call(*command[:3], tmp_path / "shuffled.jsonl", *command[4:], "--output", tmp_path / "out.jsonl")
+    assert sorted((tmp_path / "out.jsonl").read_bytes().splitlines()) == sorted(whole["input"].splitlines())
+
+
 def test_explain_prints_programs_shapes_and_seconds(jobs, tmp_path, capsys):
     call(*jobs[0], "--output", tmp_path / "out.jsonl", "--explain")
     said = capsys.readouterr().out

@@ -115,10 +115,10 @@ def test_extras_are_made_from_the_pool_and_measured_like_any_drafter(finished, o
     for own in said.values():
         scores = own["acceptance_length"]
         assert scores[str(own["coefficient"])] == max(scores.values()) and min(scores.values()) >= 1
-    bank, base = updates(pool.bank), pool.pair.draft.params
+    bank, trunk = updates(pool.bank), pool.trunk
     mean = jax.tree.map(lambda leaf: leaf.mean(0), bank)
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), pool.drafter("merged-average"), added(base, mean)
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), pool.drafter("merged-average"), added(trunk, mean)
     )
     (tmp_path / "eval.jsonl").write_text('{"prompt": "the cat sat on the mat"}\n')
     settings = {"passes": 1, "max_new_tokens": 8, "widths": (1,), "num_speculative_tokens": 2}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from decode import plan as command
-from jaxspec import plan, sharding
+from jaxspec import plan, recording, sharding
 from jaxspec.config import UserError, load_preset
 from jaxspec.plan import GIB, Load
 from jaxspec.published import PUBLISHED
@@ -40,17 +40,18 @@ def test_bytes_are_those_computed_by_hand():
     target = (2 * table + 2 * (attention + mlp)) // split + 5 * 32
     drafter = 2 * 64 * 16 + 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32 + 3 * 16
     adapter = 4 * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 32))
-    # tokens, then length, stop, draft limit, temperature, top-k, top-p, a key of two words, and two flags of a byte
-    buffers = rows * (4 * slots + 6 * 4 + 8 + 2)
+    # tokens, then length, stop, draft limit, temperature, top-k, top-p, a key of two words, and two flags of a byte;
+    # then how many rounds, and of each where it began, what it drafted and what was accepted
+    buffers = rows * (4 * slots + 6 * 4 + 8 + 2 + 4 + 3 * 4 * slots)
     assert found == {
         ("weights", "target"): 4 * target,
         ("weights", "base drafter"): 4 * drafter,
-        ("weights", "mixed and merged drafters"): 0,
+        ("weights", "mixed, trunk, merged drafters"): 0,
         ("weights", "LoRA bank, 3 tasks"): 4 * 3 * adapter,
         ("state", "target cache"): 4 * 2 * 2 * rows * slots * 8 * 4 // split + 4 * rows,
         ("state", "drafter cache"): 4 * 2 * rows * slots * 2 * 4 + 4 * rows,
         ("state", "rows' own adapters"): 4 * rows * adapter,
-        ("state", "token buffers"): buffers,
+        ("state", "tokens, rounds and records"): buffers,
         ("prefill", "target cache"): 4 * 2 * 2 * rows * slots * 8 * 4 // split + 4 * rows,
         ("prefill", "drafter cache"): 4 * 2 * rows * slots * 2 * 4 + 4 * rows,
         ("prefill", "attention scores [B, heads, P, L] x 2"): 2 * 4 * rows * (8 // split) * 32 * slots,
@@ -71,6 +72,18 @@ def test_bytes_are_those_that_a_device_holds(shape):
     found = sizes(LOAD, *shape)
     assert found["weights", "target"] == held(placed)
     assert found["state", "target cache"] == held(caches) + 4 * 8 // shape[0]
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_the_state_is_what_an_engine_holds(logprobs):
+    room = 80
+    recorder = recording.logprobs(room) if logprobs else recording.NOTHING
+    case = fleet.CASES["sampled"]
+    own = fleet.engine(case, room=room, recorder=recorder)
+    state = own._empty(fleet.weights(case.adapters))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    load = dataclasses.replace(LOAD, logprobs=logprobs)
+    assert held == sum(size for (kind, _), size in sizes(load, 1, 1).items() if kind == "state")
 
 
 def test_the_total_has_the_larger_workspace_only():

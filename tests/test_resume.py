@@ -81,7 +81,7 @@ def test_a_killed_alignment_goes_on_from_its_checkpoints(finished, preset, out_w
     calls.append(interrupt_call(monkeypatch, align, "schedule", NEVER))
     call(*command)
     assert [own[0][:2] for own in calls] == [(0, 6), (2, 6), (2, 12)]  # a checkpoint every second step
-    for name in ("bank.safetensors", "mixed.safetensors"):
+    for name in ("bank.safetensors", "mixed.safetensors", "trunk.safetensors"):
         assert (out / "align" / name).read_bytes() == Path(finished.out, "align", name).read_bytes()
 
 

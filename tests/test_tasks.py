@@ -65,5 +65,5 @@ def test_the_router_learns_blobs_and_falls_back_when_unsure():
     probability = np.asarray(router.probabilities(params, features))
     assert (router.choose(probability, 0.5) == label).mean() == 1.0
     between = np.asarray(router.probabilities(params, features[:1] * 0.5 + features[-1:] * 0.5))
-    assert router.choose(between, 1.1) == [router.BASE]
+    assert router.choose(between, 1.1) == [router.TRUNK]
     np.testing.assert_allclose(probability.sum(-1), 1.0, rtol=1e-5)

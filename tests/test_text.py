@@ -88,7 +88,7 @@ SHAPE = {"room": text.room_of(32, 32)}
         (["stir", " \n"], {}, ["prompt 1 is empty", "write a text"]),
         (["stir", [{"role": "user", "content": ""}]], {}, ["prompt 1 is empty"]),
         (["bake " * 150], {"max_new_tokens": 20}, ["prompt 0 has", "140 is the most", "lower max_new_tokens"]),
-        (["stir"], {"drafter": "fishing"}, ["no drafter 'fishing'", "it has base"]),
+        (["stir"], {"drafter": "fishing"}, ["no drafter 'fishing'", "it has trunk"]),
         (["stir"], {"num_speculative_tokens": 17}, ["num_speculative_tokens 17", "to 16"]),
         (["stir"], {"temperature": -0.5}, ["temperature -0.5", "from 0"]),
         (["stir"], {"top_p": 1.5}, ["top_p 1.5", "up to 1"]),

@@ -2,10 +2,11 @@
 
     python -m train.align --config configs/testbed.py --out runs/testbed ...
 
-The specialists start from a trunk that has seen the union, and are trained side by side; `mixed` sees the union for as
-many steps x tokens as trunk and specialists together, as LoRA of the bank's rank and as a full fine-tune, and the better
-on the calibrate split is kept. The target never runs. With `--distributed` it is one training over the devices of all
-hosts, which see the same folders and of which the first writes.
+The specialists start from the base, or from a trunk that has seen the union, and are trained side by side. `mixed` sees
+the union for as many steps x tokens as trunk and specialists together, as LoRA of the bank's rank and as a full
+fine-tune, which goes on from the trunk where there is one; the better on the calibrate split is kept. The target never
+runs. With `--distributed` it is one training over the devices of all hosts, which see the same folders and of which the
+first writes.
 """
 
 import json
@@ -39,7 +40,8 @@ SEARCH_WARMUP = 0.3  # in a short run a high rate would be met before Adam knows
 class Course(NamedTuple):
     """One training run: its name, the drafters trained side by side, where rows come from, and how long.
 
-    params: stacked `[D, ...]`; frozen: what all of them share; train, held: rows of each drafter.
+    params: stacked `[D, ...]`; frozen: what all of them share; train, held: rows of each drafter; falls: whether the
+    learning rate ends low, or another run goes on from this one.
     """
 
     name: str
@@ -50,10 +52,11 @@ class Course(NamedTuple):
     held: list[list[list[int]]]
     steps: int
     rates: tuple[float, ...]
+    falls: bool = True
 
 
 def run(experiment: Experiment) -> None:
-    """Writes `out/align`: `bank.safetensors`, `mixed.safetensors`, `metrics.jsonl`."""
+    """Writes `out/align`: `bank.safetensors`, `mixed.safetensors`, with a trunk `trunk.safetensors`, and `metrics.jsonl`."""
     if experiment.distributed:
         sharding.start()
     parents = {name: manifest(experiment.out, name)["digest"] for name in ("trace", "partition")}
@@ -68,16 +71,22 @@ def run(experiment: Experiment) -> None:
     vocab_size = read_config(experiment.target).vocab_size
     results: dict[str, dict] = {}
     mesh = _mesh(experiment)
+    if experiment.align.trunk and not experiment.align.full_learning_rates:
+        raise UserError(
+            f"--align.trunk {experiment.align.trunk} is a full fine-tune, for which --align.full-learning-rates has no rate"
+        )
     sharding.check_rows(experiment.align.rows, mesh, "--align.rows")
     for course in _courses(experiment, traces, partition, draft, vocab_size, results):
         results[course.name] = _train(experiment, traces, course, stage.folder, mesh)
-    results.get("trunk", {}).pop("params", None)
     kept = max((name for name in results if name.startswith("mixed")), key=lambda name: results[name]["agreement"])
     scale = experiment.align.alpha / experiment.align.rank
     bank = scaled(results["bank"].pop("params"), scale)
     best = {name: result.pop("params") for name, result in results.items() if name.startswith("mixed")}[kept]
-    mixed = scaled(best, scale) if kept == "mixed_lora" else jax.tree.map(lambda x: x[0], best)
-    for name, tree in (("bank", bank), ("mixed", mixed)) if is_writer() else ():
+    mixed = scaled(best, scale) if kept == "mixed_lora" else _only(best)
+    trees = {"bank": bank, "mixed": mixed}
+    if "trunk" in results:
+        trees["trunk"] = _only(results["trunk"].pop("params"))
+    for name, tree in trees.items() if is_writer() else ():
         write_tree(stage.folder / f"{name}.safetensors", tree)
     finish(stage, mixed=kept, **results)
     for name, result in results.items():
@@ -102,7 +111,7 @@ def _mesh(experiment: Experiment) -> Mesh:
 def _courses(
     experiment: Experiment, traces: Traces, partition: dict, draft: Model, vocab_size: int, results: dict[str, dict]
 ) -> Iterator[Course]:
-    """The runs in order; the bank starts from what `results` say that the trunk has learnt."""
+    """The runs in order; what the trunk has learnt is in `results` when the next begins."""
     spec = experiment.align
     task, split = partition["task"], partition["split"]
     tasks = len(partition["centroids"])
@@ -119,23 +128,32 @@ def _courses(
     union = lambda name: np.flatnonzero(split == name)
     long = tasks * spec.steps
     shared = round(spec.trunk * spec.steps)
-    specialists = [rows(own(0, t), (spec.steps - shared) * spec.rows) for t in range(tasks)]
-    everything = [rows(union(0), long * spec.rows)]
+    rest = spec.steps - shared
+    specialists = [rows(own(0, t), rest * spec.rows) for t in range(tasks)]
+    everything = rows(union(0), long * spec.rows)
+    first, then = everything[: tasks * shared * spec.rows], everything[tasks * shared * spec.rows :]
     held = [rows(own(1, t), CALIBRATE_ROWS) for t in range(tasks)]
     held_union = [[row for rows_of_task in held for row in rows_of_task]]
     fresh = init_bank(draft.params, key, tasks=1, rank=spec.rank)
     lora = _aligner(experiment, partial(_lora_log_q, draft, spec.alpha / spec.rank, vocab_size))
     full = _aligner(experiment, partial(_full_log_q, draft, vocab_size))
-    over_union = (everything, held_union)
+    masters = jax.tree.map(lambda x: x[None].astype(jnp.float32), draft.params)
     if shared:
-        yield Course("trunk", lora, draft.params, fresh, *over_union, tasks * shared, spec.learning_rates)
-    trunk = results["trunk"]["params"] if shared else fresh
-    each = jax.tree.map(lambda x: jnp.repeat(x, tasks, axis=0), trunk)
-    yield Course("bank", lora, draft.params, each, specialists, held, spec.steps - shared, spec.learning_rates)
-    yield Course("mixed_lora", lora, draft.params, fresh, *over_union, long, spec.learning_rates)
+        yield Course(
+            "trunk", full, (), masters, [first], held_union, tasks * shared, spec.full_learning_rates, falls=False
+        )
+        masters = results["trunk"]["params"]
+    trunk = jax.tree.map(lambda master, leaf: master[0].astype(leaf.dtype), masters, draft.params)
+    each = jax.tree.map(lambda x: jnp.repeat(x, tasks, axis=0), fresh)
+    yield Course("bank", lora, trunk, each, specialists, held, rest, spec.learning_rates)
+    yield Course("mixed_lora", lora, draft.params, fresh, [everything], held_union, long, spec.learning_rates)
     if spec.full_learning_rates:
-        masters = jax.tree.map(lambda x: x[None].astype(jnp.float32), draft.params)
-        yield Course("mixed_full", full, (), masters, *over_union, long, spec.full_learning_rates)
+        yield Course("mixed_full", full, (), masters, [then], held_union, tasks * rest, spec.full_learning_rates)
+
+
+def _only(tree: Any) -> Any:
+    """What is stacked for one drafter."""
+    return jax.tree.map(lambda x: x[0], tree)
 
 
 def _aligner(experiment: Experiment, log_q: Callable) -> Aligner:
@@ -169,7 +187,7 @@ def _train(experiment: Experiment, traces: Traces, course: Course, folder: Path,
 
     def advance(state: AlignState, step: int, steps: int, rate: float, warmup: float = spec.warmup):
         batch = as_rows(course.train, step * spec.rows, spec.rows)
-        return side_by_side(course.frozen, state, batch, schedule(step, steps, rate, warmup))
+        return side_by_side(course.frozen, state, batch, schedule(step, steps, rate, warmup, falls=course.falls))
 
     before = judge(course.params)
     fresh = lambda: _whole(_fresh(course), mesh)
@@ -221,12 +239,17 @@ def _whole(tree: Any, mesh: Mesh) -> Any:
 
 
 def _each(step: Callable, frozen, state: AlignState, batch: Batch, rate):
-    """One step of every drafter, one after the other, so that memory does not grow with their number."""
-    return jax.lax.map(lambda own: step(frozen, own[0], own[1], rate), (state, batch))
+    """One step of every drafter."""
+    return jax.lax.map(lambda own: step(frozen, own[0], own[1], rate), (state, batch), batch_size=_together(batch))
 
 
 def _each_evaluate(evaluate: Callable, frozen, params, batch: Batch):
-    return jax.lax.map(lambda own: evaluate(frozen, own[0], own[1]), (params, batch))
+    return jax.lax.map(lambda own: evaluate(frozen, own[0], own[1]), (params, batch), batch_size=_together(batch))
+
+
+def _together(batch: Batch) -> int | None:
+    """Drafters in one product: all on accelerators, which small ones do not fill, else one, so that memory stays flat."""
+    return None if jax.default_backend() == "cpu" else len(batch.tokens)
 
 
 def _stack(

@@ -5,7 +5,7 @@
 Prompts of the calibrate split are decoded by their tasks' drafters, greedily and one at a time (on a mesh, one for each
 part of the rows), with each number of drafted tokens; passes interleave, and the number with the most tokens per second is
 the pool's. It is 0 where speculation does not pay. What every drafter would have had accepted there, at any number, follows
-from one pass over the target's texts; a task whose own drafter gains nothing over the base by it is served by the base.
+from one pass over the target's texts; a task whose adapter gains nothing is served by what adapters belong on.
 """
 
 import json
@@ -27,12 +27,13 @@ from jaxspec.store.pool import (
     POINTS,
     ROUTER,
     TEST,
+    TRUNK_FILE,
     Pool,
     draft_length,
     drafter_names,
     expected_seconds,
     known_pool,
-    served_by_base,
+    served_by_trunk,
 )
 from jaxspec.store.stages import Stage, finish, manifest, open_stage, read_arrays, write_arrays, write_whole
 from jaxspec.store.traces import Traces, check_models, read_traces
@@ -71,10 +72,10 @@ def _say(facts: dict) -> None:
         print(f"calibrate: K = {k}: {row['tokens_per_second']:.1f} tokens/s{accuracy}")
     k, lengths, names = draft_length(facts, least=1), sorted(facts["calibration"]), drafter_names(facts)
     drafter, length = router.fastest(np.eye(len(facts["tasks"])), expected_seconds(facts, lengths))
-    served = ("the base" if base else "its own drafter" for base in served_by_base(facts))
+    served = (f"the {names[-1]}" if trunk else "its own drafter" for trunk in served_by_trunk(facts))
     for task, (name, label, by) in enumerate(zip(facts["tasks"], facts["labels"], served, strict=True)):
         of = lambda own, task=task: facts["acceptance_length"][own][task]
-        rows = {"base": of("base"), "mixed": of("mixed"), "own": of(name)}
+        rows = {**{who: of(who) for who in names[len(facts["tasks"]) :]}, "own": of(name)}
         accepted = ", ".join(f"{who} {row[k]:.2f}" for who, row in rows.items() if row)
         most = lengths[length[task]]
         alone = f"{names[drafter[task]]} at K = {most}" if most else "nobody, nothing drafted"
@@ -100,6 +101,7 @@ def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
         "include": list(experiment.include),
         "rank": experiment.align.rank,
         "mixed": align["mixed"],
+        "trunk": "trunk" in align,
         "router_hidden": experiment.router.hidden,
         "fallback_below": experiment.router.fallback_below,
         "max_new_tokens": experiment.trace.max_new_tokens,
@@ -117,8 +119,10 @@ def _labels(traces: Traces, partition: dict, tasks: int) -> list[str | None]:
 
 
 def _assemble(experiment: Experiment, stage: Stage, traces: Traces, partition: dict) -> None:
-    for parent, name in (("align", BANK), ("align", MIXED), ("router", ROUTER)):
+    for parent, name in (("align", BANK), ("align", MIXED), ("align", TRUNK_FILE), ("router", ROUTER)):
         source = Path(experiment.out, parent, name)
+        if name == TRUNK_FILE and not source.exists():
+            continue
         write_whole(stage.folder / name, lambda part, source=source: shutil.copyfile(source, part))
     test = [
         json.dumps({**line, "cluster": int(task)})

@@ -39,7 +39,7 @@ def run(experiment: Experiment) -> None:
     for name, candidates in _mergers(updates(pool.bank)).items():
         scores = {}
         for scale, make in tqdm(candidates.items(), desc=name, unit="coefficient"):
-            weights = added(pool.pair.draft.params, make())
+            weights = added(pool.trunk, make())
             scores[scale] = float(np.mean([lengths[K] for lengths in judge.lengths(weights) if lengths]))
             if scores[scale] == max(scores.values()):
                 best = weights

@@ -41,7 +41,7 @@ def run(experiment: Experiment) -> None:
     judged = split == 1
     route = router.choose(np.asarray(router.probabilities(params, jnp.asarray(features[judged]))), spec.fallback_below)
     informed = float(np.mean(route == partition["informed"][judged]))
-    accuracy, fallback = float(np.mean(route == task[judged])), float(np.mean(route == router.BASE))
+    accuracy, fallback = float(np.mean(route == task[judged])), float(np.mean(route == router.TRUNK))
     write_tree(stage.folder / "router.safetensors", params)
     finish(
         stage,
@@ -51,7 +51,7 @@ def run(experiment: Experiment) -> None:
         prompts=int(judged.sum()),
         features=features.shape[1],
     )
-    print(f"router: {accuracy:.3f} of the calibrate split to its cluster, {fallback:.3f} to the base drafter;")
+    print(f"router: {accuracy:.3f} of the calibrate split to its cluster, {fallback:.3f} to none;")
     print(f"router: {informed:.3f} agree with the assignment made from prompt plus output")
 
 

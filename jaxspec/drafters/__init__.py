@@ -1,4 +1,5 @@
 """Ways of drafting, one file each; every factory returns a `jaxspec.types.Drafter`."""
 
 from jaxspec.drafters.lm import lm_drafter as lm_drafter
+from jaxspec.drafters.ngram import ngram_drafter as ngram_drafter
 from jaxspec.drafters.silent import silent_drafter as silent_drafter

@@ -14,15 +14,16 @@ from jaxspec import router, sharding
 from jaxspec.adapters import Bank, init_bank, merge
 from jaxspec.config import UserError
 from jaxspec.requests import MAX_DRAFT, checked
-from jaxspec.router import BASE, RouterParams
+from jaxspec.router import TRUNK, RouterParams
 from jaxspec.store.models import Pair, read_pair
 from jaxspec.store.stages import MANIFEST, read_json
 from jaxspec.store.trees import read_tree
 from jaxspec.transformer import abstract
 
-BANK, MIXED, ROUTER, TEST, POINTS, EXTRAS = (
+BANK, MIXED, TRUNK_FILE, ROUTER, TEST, POINTS, EXTRAS = (
     "bank.safetensors",
     "mixed.safetensors",
+    "trunk.safetensors",
     "router.safetensors",
     "test.jsonl",
     "points.npz",
@@ -34,12 +35,14 @@ BANK, MIXED, ROUTER, TEST, POINTS, EXTRAS = (
 class Pool:
     """Models and drafters in memory.
 
-    bank: adapters of the base drafter, one a task; mixed: weights of the control; facts: what the manifest says of
-    tasks, labels, calibration and the log; mesh: where all of it lives, None for the default device.
+    trunk: weights that adapters belong on, the base drafter's own unless it was trained on the union first; bank: adapters,
+    one a task; mixed: weights of the control; facts: what the manifest says of tasks, labels, calibration and the log;
+    mesh: where all of it lives, None for the default device.
     """
 
     path: Path
     pair: Pair
+    trunk: dict
     bank: Bank
     mixed: dict
     router: RouterParams
@@ -53,12 +56,12 @@ class Pool:
 
     @property
     def drafters(self) -> list[int]:
-        """The route that serves each task: its own, or the base where that accepts no less."""
-        return [BASE if base else task for task, base in enumerate(served_by_base(self.facts))]
+        """The route that serves each task: its own, or TRUNK where that accepts no less."""
+        return [TRUNK if trunk else task for task, trunk in enumerate(served_by_trunk(self.facts))]
 
     @property
     def names(self) -> list[str]:
-        """The drafters' names; a route is an index of them, and -1 is the base."""
+        """The drafters' names; a route is an index of them, and -1 is what adapters belong on."""
         return drafter_names(self.facts)
 
     def weights(self, route: int) -> dict:
@@ -68,9 +71,10 @@ class Pool:
     def drafter(self, name: str) -> dict:
         """Weights of a drafter by its name: a route's, or one that `train.extras` has added."""
         if name in self.tasks:
-            return merge(self.pair.draft.params, self.bank, self.tasks.index(name))
-        if name in ("mixed", "base"):
-            return self.mixed if name == "mixed" else self.pair.draft.params
+            return merge(self.trunk, self.bank, self.tasks.index(name))
+        known = {"mixed": self.mixed, "trunk": self.trunk, "base": self.pair.draft.params}
+        if name in known:
+            return known[name]
         file = extra_file(self.path, name)
         if not file.exists():
             raise UserError(
@@ -109,7 +113,7 @@ def find_pool(path: str) -> tuple[Path, dict, str]:
         raise UserError(f"{path!r} holds the stage {manifest.get('stage')!r}, not a pool; give OUT/pool")
     if "acceptance_length" not in manifest["results"]:
         raise UserError(f"{path!r} was made by an earlier version; remove it and run `python -m train.calibrate` again")
-    return folder, manifest["results"], manifest["digest"]
+    return folder, {"trunk": False, **manifest["results"]}, manifest["digest"]
 
 
 def draft_length(facts: dict, asked: int | None = None, least: int = 0) -> int:
@@ -127,15 +131,15 @@ def draft_length(facts: dict, asked: int | None = None, least: int = 0) -> int:
 
 
 def drafter_names(facts: dict) -> list[str]:
-    """A name for every route: the tasks', the control's, and the base's, which is the last."""
-    return [*facts["tasks"], "mixed", "base"]
+    """A name for every route: the tasks', the control's, the base's, and the trunk's if it is not the base."""
+    return [*facts["tasks"], "mixed", "base", *(["trunk"] if facts["trunk"] else [])]
 
 
-def served_by_base(facts: dict) -> list[bool]:
-    """For each task whether its own drafter gains nothing over the base at the draft length, not 0, that was the fastest."""
-    k, lengths = draft_length(facts, least=1), facts["acceptance_length"]
-    pairs = ((lengths[name][task], lengths["base"][task]) for task, name in enumerate(facts["tasks"]))
-    return [own is not None and own[k] <= base[k] for own, base in pairs]
+def served_by_trunk(facts: dict) -> list[bool]:
+    """For each task whether its adapter gains nothing at the draft length, not 0, that was the fastest."""
+    k, lengths, trunk = draft_length(facts, least=1), facts["acceptance_length"], drafter_names(facts)[-1]
+    pairs = ((lengths[name][task], lengths[trunk][task]) for task, name in enumerate(facts["tasks"]))
+    return [own is not None and own[k] <= without[k] for own, without in pairs]
 
 
 def expected_seconds(facts: dict, lengths: Sequence[int]) -> np.ndarray:
@@ -193,6 +197,7 @@ def known_pool(
     return Pool(
         folder,
         pair,
+        whole(_full(folder / TRUNK_FILE, pair)) if facts["trunk"] else pair.draft.params,
         whole(read_tree(folder / BANK, like(tasks))),
         whole(_mixed(folder, facts, pair, like)),
         whole(read_tree(folder / ROUTER, shape)),
@@ -205,7 +210,12 @@ def known_pool(
 def _mixed(folder: Path, facts: dict, pair: Pair, like) -> dict:
     if facts["mixed"] == "mixed_lora":
         return merge(pair.draft.params, read_tree(folder / MIXED, like(1)), 0)
-    return _like(read_tree(folder / MIXED, abstract(pair.draft.config, jnp.float32)), pair.draft.params)
+    return _full(folder / MIXED, pair)
+
+
+def _full(file: Path, pair: Pair) -> dict:
+    """Weights of a full fine-tune."""
+    return _like(read_tree(file, abstract(pair.draft.config, jnp.float32)), pair.draft.params)
 
 
 def _like(weights: dict, params: dict) -> dict:
