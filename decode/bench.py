@@ -113,9 +113,12 @@ def run(config: Bench) -> None:
     work.warm_up(engines)
     passes = work.passes(engines)
     parity = {} if rule == "rejection" else work.parity(engines)
+    narrow = (
+        work.texts(autoregressive if width == 1 else serving.autoregressive(pool, 1, rule, **shape)) if parity else {}
+    )
     bench = {
         **_conditions(config, pool, width, k),
-        **figures(pool, asks, passes, parity),
+        **figures(pool, asks, passes, parity, narrow),
         "router": router_figures(pool, asks, passes),
         "choices": choices(pool, asks, passes),
         "clusters": cluster_figures(pool),
@@ -181,12 +184,14 @@ class Work(NamedTuple):
         for name, chosen in tqdm(self.methods.items(), desc="parity", leave=False):
             kind = (id(engines[name]), jax.tree.structure(chosen.method.drafter_params(np.full(slots, TRUNK))))
             if kind not in same:
-                same[kind] = {}
-                for _, rows in self.batches:
-                    done = self.decode(engines[name], name, rows, draft_limit=0).completions
-                    same[kind] |= dict(zip(rows, [c.ids for c in done], strict=True))
+                same[kind] = self.texts(engines[name], name)
             outputs[name] = same[kind]
         return outputs
+
+    def texts(self, engine: Engine, name: str = "autoregressive") -> dict[int, list[int]]:
+        """Every prompt's tokens through an engine's program with nothing drafted."""
+        done = [(rows, self.decode(engine, name, rows, draft_limit=0).completions) for _, rows in self.batches]
+        return {i: own.ids for rows, completions in done for i, own in zip(rows, completions, strict=True)}
 
 
 def _check(config: Bench) -> None:
@@ -338,6 +343,11 @@ def _print(bench: dict) -> None:
     if bench["mean"][names[-1]]["equal_to_autoregressive"] is not None:
         least = min(bench["tasks"][task][name]["equal_to_autoregressive"] for task in bench["tasks"] for name in names)
         print(f"equal to autoregressive decoding through the same program: {least:.4f} at least")
+    parted = bench["first_differences_one_wide"]
+    if parted:
+        widest = max((own["gap"] for own in parted if own["gap"] is not None), default=None)
+        gap = f", the widest at logits {widest:.1f} steps of bfloat16 apart" if widest is not None else ""
+        print(f"through a program one token wide {len(parted)} texts part{gap}")
     if bench["router"]:
         router = bench["router"]
         print(

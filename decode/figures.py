@@ -35,20 +35,29 @@ class Result(NamedTuple):
 
 
 Pass = dict[str, list[Result]]
+Texts = dict[int, list[int]]
 
 
-def figures(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass], parity: dict[str, dict[int, list[int]]]) -> dict:
-    """`tasks`, `mean` and `first_differences` of the bench's JSON.
+def figures(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass], parity: dict[str, Texts], narrow: Texts) -> dict:
+    """`tasks` and `mean` of the bench's JSON, and where texts part.
 
     Args:
         passes: each pass's results by method, autoregressive among them.
         parity: tokens of autoregressive decoding through each method's own program; empty when sampling.
+        narrow: the same through a program one token wide.
     """
     rows_of, names = _rows_of(asks), list(passes[0])
     by_row = {name: [_by_row(results[name]) for results in passes] for name in names}
     tasks = {task: {name: _row(name, rows, by_row, parity) for name in names} for task, rows in rows_of.items()}
     mean = {name: _mean([tasks[task][name] for task in tasks]) for name in names}
-    return {"tasks": tasks, "mean": mean, "first_differences": _first_differences(pool, asks, by_row, parity)}
+    timed = {i: own.completion.ids for i, own in by_row["autoregressive"][-1].items()}
+    wide = parity.get(next((name for name in parity if name != "autoregressive"), "autoregressive"), {})
+    return {
+        "tasks": tasks,
+        "mean": mean,
+        "first_differences": first_differences(pool, asks, timed, wide),
+        "first_differences_one_wide": first_differences(pool, asks, narrow, wide),
+    }
 
 
 def _rows_of(asks: Sequence[Ask]) -> dict[str, list[int]]:
@@ -121,17 +130,13 @@ def _mean(rows: list[dict]) -> dict:
     return out
 
 
-def _first_differences(pool: Pool, asks, by_row: dict, parity: dict) -> list[dict]:
-    """Where the timed autoregressive program and the one of the methods' width part, with the two logits there."""
-    if not parity:
-        return []
-    timed = by_row["autoregressive"][-1]
-    other = next((name for name in parity if name != "autoregressive"), "autoregressive")
+def first_differences(pool: Pool, asks: Sequence[Ask], one: Texts, wide: Texts) -> list[dict]:
+    """Where one autoregressive program and the one of the methods' width part, with the two logits there."""
     parted = []
-    for i, ask in enumerate(asks):
-        found = first_difference(pool, ask.request, timed[i].completion.ids, parity[other][i])
+    for i in wide:
+        found = first_difference(pool, asks[i].request, one[i], wide[i])
         if found is not None:
-            parted.append({"id": ask.line.id, "task": ask.task, **found})
+            parted.append({"id": asks[i].line.id, "task": asks[i].task, **found})
     return parted
 
 

@@ -123,6 +123,8 @@ class Calibrate:
     """Calibrate prompts decoded with each."""
     passes: int = 2
     """Interleaved passes; the fastest pass of each length counts."""
+    slots: int = 1
+    """Rows decoded together while measuring, on each part of a mesh's rows: as many as the jobs to come will have."""
     max_new_tokens: int = 64
     """Longest completion while measuring."""
     texts: int = 48

@@ -74,7 +74,7 @@ def generate(pool: Pool, prompts: Iterable[Prompt], **settings: Any) -> Iterator
     """Answers prompts in their order, routed and lossless.
 
     Args:
-        prompts: texts, or chats as lists of `{"role": ..., "content": ...}`.
+        prompts: texts, or chats as lists of `{"role": ..., "content": ...}`; all of them are read before the first is answered.
         settings: `max_new_tokens=128, temperature=0.0, top_k=None, top_p=None, seed=0, stop=(), drafter=None` of every
             prompt; `batch=8` slots; `num_speculative_tokens=None`, which takes what calibration chose; and
             `acceptance="rejection"` or `"gumbel"`, the rule above temperature 0; `logprobs=False`.

@@ -6,6 +6,7 @@ python -m tests.fleet HOST:PORT PROCESSES PROCESS FOLDER
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from jaxspec.requests import Request, room_of
 from jaxspec.store.parts import own_rows, part_file
 from jaxspec.target import lm_target
 from jaxspec.transformer import LMConfig, forward, init, unembed
-from jaxspec.types import ONE_DEVICE, SpecParams
+from jaxspec.types import ONE_DEVICE, Drafter, SpecParams
 
 # Eight of everything, so that a mesh of (1, 8) divides it.
 TARGET = LMConfig(
@@ -43,6 +44,7 @@ class Case(NamedTuple):
     adapters: str
     sampled: bool
     drafted: int = 3
+    drafter: Callable[[int], Drafter] = lambda k: lm_drafter(DRAFT, k) if k else silent_drafter(1)
 
 
 CASES = {
@@ -59,8 +61,7 @@ def engine(case: Case, mesh=None, **settings) -> Engine:
     placement = ONE_DEVICE if mesh is None else sharding.over(mesh)
     params = placement.params(weights(case.adapters)).target
     shape = {"slots": ROWS, "room": ROOM, "vocab_size": TARGET.vocab_size, "admit_rows": ROWS, **settings}
-    drafter = lm_drafter(DRAFT, case.drafted) if case.drafted else silent_drafter(1)
-    own = lm_target(TARGET), drafter, case.law
+    own = lm_target(TARGET), case.drafter(case.drafted), case.law
     return Engine(*own, params, stop_tokens=(EOS,), placement=placement, **shape)
 
 
@@ -93,19 +94,24 @@ def answer(case: Case, own: Engine, mesh=None, numbers=range(ROWS)) -> list[tupl
     return [(completion.ids, completion.counts) for completion in own.complete(requests(case, numbers), method)]
 
 
-def losses(mesh=None, steps: int = 5) -> list[float]:
-    """The loss curve of a full fine-tune of the drafter on random distributions, rows over the mesh."""
+def training():
+    """The step of a full fine-tune of the drafter, its first state, and a batch of random distributions."""
 
     def log_q(frozen, params, tokens, segments, at):
         hidden = forward(DRAFT, params, tokens, segments=segments)
         return jax.nn.log_softmax(unembed(DRAFT, params, jnp.take_along_axis(hidden, at[..., None], 1)), -1)
 
     own = align.aligner(log_q, align.forward_kl, align.optimiser())
-    state, batch = own.init(weights("none").drafter.weights), _batch()
+    return own.step, own.init(weights("none").drafter.weights), _batch()
+
+
+def losses(mesh=None, steps: int = 5) -> list[float]:
+    """The loss curve, rows over the mesh."""
+    step, state, batch = training()
     if mesh is not None:
         state = sharding.place(state, sharding.param_specs(state, "drafter"), mesh)
         batch = sharding.place(batch, sharding.row_specs(batch), mesh)
-    step, curve = jax.jit(own.step), []
+    step, curve = jax.jit(step), []
     for _ in range(steps):
         state, metrics = step((), state, batch, 1e-3)
         curve.append(float(metrics["loss"]))

@@ -219,7 +219,21 @@ def test_a_setting_that_will_not_do(refused, preset, out_with, stage, argv, part
     assert_says(refused(stage, "--config", preset, "--out", out, *argv), *parts)
     after = bytes_of(out)
     assert {file: after[file] for file in before} == before
-    call(stage, "--config", preset, "--out", out)  # the mistake does not stand in the way of what is right
+
+
+@pytest.mark.parametrize(
+    ("stage", "argv"),
+    [
+        ("trace", ["--trace.top-logits", "401"]),
+        ("partition", ["--partition.num-clusters", "49"]),
+        ("align", ["--align.trunk", "0.5", "--align.full-learning-rates"]),
+        ("calibrate", ["--calibrate.lengths", "2", "17"]),
+    ],
+)
+def test_a_mistake_does_not_stand_in_the_way_of_what_is_right(refused, preset, out_with, stage, argv):
+    out = out_with(*["trace", "partition", "align", "router"][: list(COMMANDS).index(stage) - 1])
+    refused(stage, "--config", preset, "--out", out, *argv)
+    call(stage, "--config", preset, "--out", out)
 
 
 def test_as_many_clusters_as_prompts_are_made_when_asked_for(preset, out_with):
@@ -531,7 +545,7 @@ def test_a_damaged_pool_is_named(refused, out_with, file):
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        (["--methods", "base", "ngram"], ["--methods ngram", "choose among", "oracle"]),
+        (["--methods", "base", "bigram"], ["--methods bigram", "choose among", "oracle"]),
         (["--num-speculative-tokens", "17"], ["num_speculative_tokens 17", "to 16"]),
         (["--num-speculative-tokens", "0"], ["num_speculative_tokens 0", "between 1 and 16"]),
         (["--json", "nowhere/bench.json"], ["nowhere/bench.json", "make it first"]),

@@ -9,12 +9,14 @@ import pytest
 
 from decode import throughput
 from decode.bench import Bench, run
+from decode.figures import Ask, first_differences
 from decode.throughput import Throughput
 from jaxspec import router, serving
 from jaxspec.adapters import Stacked
 from jaxspec.requests import Request
 from jaxspec.router import TRUNK
 from jaxspec.store.pool import draft_lengths, load_pool
+from jaxspec.store.prompts import Line
 from jaxspec.transformer import NARROW
 
 FIELDS = {
@@ -186,3 +188,18 @@ def test_throughput_has_a_row_a_number_of_slots(pool, world, tmp_path, capsys):
         assert row["autoregressive"]["mean_acceptance_length"] == 1.0
         assert row["routed"]["mean_acceptance_length"] >= 1.0
     assert capsys.readouterr().out.count("\n|") == 4
+
+
+def test_where_two_texts_part_the_two_tokens_and_their_logits_are_told(loaded):
+    """One text exchanged at a place is found there, with the logits that the target has for the two; an equal one is not."""
+    requests = [Request(ids=(1, 3, 20 + i, 300), max_new_tokens=8, number=i) for i in range(2)]
+    line = Line("a", [], None, None, {}, "")
+    asks = [Ask(line, request, "one", -1) for request in requests]
+    engine = serving.autoregressive(loaded, 1, slots=1, room=64)
+    own = engine.complete(requests, serving.always(loaded, "autoregressive", 1))
+    one = {i: completion.ids for i, completion in enumerate(own)}
+    wide = {0: one[0], 1: [*one[1][:3], one[1][3] + 1, *one[1][4:]]}
+    (found,) = first_differences(loaded, asks, one, wide)
+    assert (found["position"], found["tokens"]) == (3, [one[1][3], one[1][3] + 1])
+    assert found["logits"][0] > found["logits"][1] and found["gap"] > 0
+    assert first_differences(loaded, asks, one, one) == []

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from jax import export
 
+from jaxspec import recording, router, verify
+from jaxspec.drafters import ngram_drafter
 from jaxspec.requests import as_prompt, as_sampling
 from tests import fleet
 
@@ -19,12 +21,20 @@ PLATFORMS = ("tpu", "cuda")
 PROGRAMS = ("prefill", "admit", "chunk", "halt")
 
 
+CASES = {
+    **fleet.CASES,
+    "looking up": fleet.Case(verify.rejection, "none", True, drafter=ngram_drafter),
+    "recorded": fleet.CASES["sampled"],
+}
+SETTINGS = {"recorded": {"recorder": recording.logprobs(fleet.ROOM)}}
+
+
 @cache
 def table() -> dict[str, tuple]:
-    """Name -> (function, arguments), of an engine's programs in each case."""
-    rows = {}
-    for name, case in fleet.CASES.items():
-        own = fleet.engine(case)
+    """Name -> (function, arguments), of an engine's programs in each case, and of what else runs on the device."""
+    rows = dict(others())
+    for name, case in CASES.items():
+        own = fleet.engine(case, **SETTINGS.get(name, {}))
         requests = fleet.requests(case)
         params = jax.eval_shape(lambda case=case: fleet.weights(case.adapters))
         prompt = as_prompt(requests, fleet.ROWS, 32, fleet.ROUTES)
@@ -43,8 +53,23 @@ def table() -> dict[str, tuple]:
     return rows
 
 
+OTHERS = ("router", "long prompt", "alignment")
+
+
+def others():
+    """The router's probabilities, a prompt read in pieces, and a step of alignment."""
+    abstract_of = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    features = jax.ShapeDtypeStruct((fleet.ROWS, fleet.TARGET.width), np.float32)
+    yield "router", (jax.jit(router.probabilities), (router.abstract(fleet.TARGET.width, 16, 3), features))
+    own, params = fleet.engine(fleet.CASES["base"]), fleet.weights("none").target
+    tokens = np.zeros((fleet.ROWS, 2048), np.int32)
+    yield "long prompt", (own.programs.prefill, (abstract_of(params), tokens, np.full(fleet.ROWS, 2000, np.int32)))
+    step, state, batch = fleet.training()
+    yield "alignment", (jax.jit(step), ((), abstract_of(state), batch, np.float32(1e-3)))
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("name", [f"{case}: {program}" for case in fleet.CASES for program in PROGRAMS])
+@pytest.mark.parametrize("name", [*OTHERS, *(f"{case}: {program}" for case in CASES for program in PROGRAMS)])
 def test_a_program_is_exported(name, platform):
     function, arguments = table()[name]
     exported = export.export(function, platforms=(platform,))(*arguments)

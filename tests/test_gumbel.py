@@ -149,7 +149,7 @@ def coarse_engine():
 def test_across_widths_text_parts_only_within_rounding(other, step, least):
     """The wide text is also told from one in which a token was exchanged, so that the law is not empty."""
     wide, narrow = (answer(program, (), MANY, **CUT) for program in (silent(K + 1), other()))
-    parted = told = 0
+    parted, told = 0, []
     for number, (ids, ours, theirs) in enumerate(zip(MANY, wide, narrow, strict=True)):
         assert len(ours.ids) == BUDGET
         at = next((i for i, (a, b) in enumerate(zip(ours.ids, theirs.ids, strict=True)) if a != b), None)
@@ -157,5 +157,6 @@ def test_across_widths_text_parts_only_within_rounding(other, step, least):
             parted += 1
             assert could_part(number, (*ids, *ours.ids[:at]), ours.ids[at], theirs.ids[at], step)
         another = (ours.ids[5] + 1) % TARGET.vocab_size
-        told += not could_part(number, (*ids, *ours.ids[:5]), ours.ids[5], another, step)
-    assert parted >= least and told > 0.9 * len(MANY)
+        if number < 6:
+            told.append(not could_part(number, (*ids, *ours.ids[:5]), ours.ids[5], another, step))
+    assert parted >= least and sum(told) >= 5

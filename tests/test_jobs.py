@@ -246,7 +246,7 @@ def test_a_job_killed_at_any_byte_answers_every_prompt_once(jobs, order, seed, t
     assert_same(order, output, whole)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", ["input", pytest.param("completed", marks=pytest.mark.slow)])
 def test_a_notice_of_preemption_keeps_what_was_answered(jobs, order, tmp_path):
     command, whole = jobs
     output, said = tmp_path / "out.jsonl", tmp_path / "said"

@@ -34,6 +34,7 @@ from jaxspec.store.traces import Traces, check_models, read_traces
 from jaxspec.store.trees import Checkpoints, write_tree
 
 CALIBRATE_ROWS = 8
+LOGITS = 1 << 32  # bytes of logits of the drafters that are trained in one product
 SEARCH_WARMUP = 0.3  # in a short run a high rate would be met before Adam knows its scale
 
 
@@ -240,16 +241,23 @@ def _whole(tree: Any, mesh: Mesh) -> Any:
 
 def _each(step: Callable, frozen, state: AlignState, batch: Batch, rate):
     """One step of every drafter."""
-    return jax.lax.map(lambda own: step(frozen, own[0], own[1], rate), (state, batch), batch_size=_together(batch))
+    return jax.lax.map(
+        lambda own: step(frozen, own[0], own[1], rate), (state, batch), batch_size=_together(batch, frozen)
+    )
 
 
 def _each_evaluate(evaluate: Callable, frozen, params, batch: Batch):
-    return jax.lax.map(lambda own: evaluate(frozen, own[0], own[1]), (params, batch), batch_size=_together(batch))
+    return jax.lax.map(
+        lambda own: evaluate(frozen, own[0], own[1]), (params, batch), batch_size=_together(batch, frozen)
+    )
 
 
-def _together(batch: Batch) -> int | None:
-    """Drafters in one product: all on accelerators, which small ones do not fill, else one, so that memory stays flat."""
-    return None if jax.default_backend() == "cpu" else len(batch.tokens)
+def _together(batch: Batch, weights: Any) -> int | None:
+    """Drafters in one product: on accelerators, which small ones do not fill, as many as have logits of 4 GB, else one."""
+    if jax.default_backend() == "cpu" or not weights:
+        return None
+    places, vocab_size = batch.at[0].size, len(weights["embed"]["embedding"])
+    return max(1, min(len(batch.tokens), LOGITS // (4 * places * vocab_size)))
 
 
 def _stack(

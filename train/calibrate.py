@@ -2,10 +2,11 @@
 
     python -m train.calibrate --config configs/testbed.py --out runs/testbed ...
 
-Prompts of the calibrate split are decoded by their tasks' drafters, greedily and one at a time (on a mesh, one for each
-part of the rows), with each number of drafted tokens; passes interleave, and the number with the most tokens per second is
-the pool's. It is 0 where speculation does not pay. What every drafter would have had accepted there, at any number, follows
-from one pass over the target's texts; a task whose adapter gains nothing is served by what adapters belong on.
+Prompts of the calibrate split are decoded by their tasks' drafters, greedily, one at a time or in as many slots as jobs
+will have (on a mesh, on each part of the rows), with each number of drafted tokens; passes interleave, and the number with
+the most tokens per second is the pool's. It is 0 where speculation does not pay. What every drafter would have had accepted
+there, at any number, follows from one pass over the target's texts; a task whose adapter gains nothing is served by what
+adapters belong on.
 """
 
 import json
@@ -140,7 +141,7 @@ def _assemble(experiment: Experiment, stage: Stage, traces: Traces, partition: d
 
 def _measure(experiment: Experiment, pool: Pool, traces: Traces, partition: dict) -> dict[int, dict]:
     spec = experiment.calibrate
-    slots = sharding.num_row_parts(pool.mesh) if pool.mesh else 1
+    slots = spec.slots * (sharding.num_row_parts(pool.mesh) if pool.mesh else 1)
     rows = _sample(experiment, traces, partition)
     requests = [
         Request(
