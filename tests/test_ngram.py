@@ -27,6 +27,7 @@ def draft(text, k=4, room=24, **settings):
         ([3, 1, 5, 1, 6, 7, 1], {}, [6, 7, 1, 6]),  # the latest of equals, and then its own beginning
         ([1, 2, 1, 2, 1], {}, [2, 1, 2, 1]),
         ([5, 5], {}, [5, 5, 5, 5]),
+        ([3, 7, 9, 3, 3], {}, [3, 3, 3, 3]),  # nothing stands before the first place, not the end of the buffer either
         ([1, 2, 3, 4], {}, []),
         ([4], {}, []),
         ([1, 2, 3, 9, 2], {"shortest": 2}, []),
