@@ -12,13 +12,13 @@ _models = Path(__file__).with_name("demo")
 experiment = Experiment(
     target=str(_models / "target"),
     draft=str(_models / "draft"),
-    limit=110,
+    limit=90,
     trace=Trace(batch=32, max_prompt_tokens=256, max_new_tokens=80, smallest_bucket=128, use_responses=False),
     partition=Partition(max_clusters=8),  # finer ones exist in a generated log, and each costs the demo a drafter
     align=Align(
         rank=32,
         alpha=32.0,
-        steps=120,
+        steps=100,
         trunk=0.0,
         rows=4,
         # Chosen on the calibrate split among (2e-2, 4e-2) and (5e-3, 1e-2); searching again would take half a minute.
@@ -26,5 +26,5 @@ experiment = Experiment(
         full_learning_rates=(1e-2,),
     ),
     router=Router(steps=300),
-    calibrate=Calibrate(lengths=(2, 3, 4), prompts=32, passes=2),
+    calibrate=Calibrate(lengths=(2, 3), prompts=32, passes=2),
 )
