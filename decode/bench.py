@@ -113,9 +113,7 @@ def run(config: Bench) -> None:
     work.warm_up(engines)
     passes = work.passes(engines)
     parity = {} if rule == "rejection" else work.parity(engines)
-    narrow = (
-        work.texts(autoregressive if width == 1 else serving.autoregressive(pool, 1, rule, **shape)) if parity else {}
-    )
+    narrow = work.texts(serving.autoregressive(pool, 1, rule, **shape)) if parity and width != 1 else None
     bench = {
         **_conditions(config, pool, width, k),
         **figures(pool, asks, passes, parity, narrow),

@@ -38,13 +38,15 @@ Pass = dict[str, list[Result]]
 Texts = dict[int, list[int]]
 
 
-def figures(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass], parity: dict[str, Texts], narrow: Texts) -> dict:
+def figures(
+    pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass], parity: dict[str, Texts], narrow: Texts | None
+) -> dict:
     """`tasks` and `mean` of the bench's JSON, and where texts part.
 
     Args:
         passes: each pass's results by method, autoregressive among them.
         parity: tokens of autoregressive decoding through each method's own program; empty when sampling.
-        narrow: the same through a program one token wide.
+        narrow: the same through a program one token wide; None where that is the one that was timed.
     """
     rows_of, names = _rows_of(asks), list(passes[0])
     by_row = {name: [_by_row(results[name]) for results in passes] for name in names}
@@ -56,7 +58,7 @@ def figures(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass], parity: dic
         "tasks": tasks,
         "mean": mean,
         "first_differences": first_differences(pool, asks, timed, wide),
-        "first_differences_one_wide": first_differences(pool, asks, narrow, wide),
+        "first_differences_one_wide": first_differences(pool, asks, timed if narrow is None else narrow, wide),
     }
 
 

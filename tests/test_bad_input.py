@@ -232,8 +232,11 @@ def test_a_setting_that_will_not_do(refused, preset, out_with, stage, argv, part
 )
 def test_a_mistake_does_not_stand_in_the_way_of_what_is_right(refused, preset, out_with, stage, argv):
     out = out_with(*["trace", "partition", "align", "router"][: list(COMMANDS).index(stage) - 1])
+    made = out / {"calibrate": "pool"}.get(stage, stage) / "manifest.json"
     refused(stage, "--config", preset, "--out", out, *argv)
+    assert not made.exists()
     call(stage, "--config", preset, "--out", out)
+    assert made.exists()
 
 
 def test_as_many_clusters_as_prompts_are_made_when_asked_for(preset, out_with):

@@ -120,10 +120,9 @@ def _labels(traces: Traces, partition: dict, tasks: int) -> list[str | None]:
 
 
 def _assemble(experiment: Experiment, stage: Stage, traces: Traces, partition: dict) -> None:
-    for parent, name in (("align", BANK), ("align", MIXED), ("align", TRUNK_FILE), ("router", ROUTER)):
+    trunk = [("align", TRUNK_FILE)] if "trunk" in manifest(experiment.out, "align")["results"] else []
+    for parent, name in (("align", BANK), ("align", MIXED), *trunk, ("router", ROUTER)):
         source = Path(experiment.out, parent, name)
-        if name == TRUNK_FILE and not source.exists():
-            continue
         write_whole(stage.folder / name, lambda part, source=source: shutil.copyfile(source, part))
     test = [
         json.dumps({**line, "cluster": int(task)})
