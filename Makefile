@@ -9,9 +9,9 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 
 demo: $(VENV)/.demo
 	$(PY) -m train.families --out runs/demo/log --rows-per-family 160 --split train
-	$(PY) -m train.families --out runs/demo/eval --rows-per-family 8 --split eval
+	$(PY) -m train.families --out runs/demo/eval --rows-per-family 6 --split eval
 	$(PY) -m train --config configs/demo.py --prompts runs/demo/log --out runs/demo
-	$(PY) -m decode.bench --pool runs/demo/pool --prompts runs/demo/eval --json runs/demo/bench.json --methods base mixed routed chosen
+	$(PY) -m decode.bench --pool runs/demo/pool --prompts runs/demo/eval --json runs/demo/bench.json --methods base mixed routed
 	$(PY) -m decode.report --bench runs/demo/bench.json --out runs/demo/report
 
 # Compiling is most of the time of a test: code is made quickly here; test-slow runs what ships.

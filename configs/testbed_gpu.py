@@ -10,18 +10,18 @@ _testbed = runpy.run_path(str(Path(__file__).with_name("testbed.py")))["experime
 
 experiment = dataclasses.replace(
     _testbed,
-    limit=2500,
+    limit=4000,
     dtype="bfloat16",
     trace=Trace(batch=256, max_prompt_tokens=512, max_new_tokens=96, smallest_bucket=512, use_responses=False),
     align=Align(
         rank=64,
         alpha=64.0,
-        steps=400,
-        trunk=0.0,
+        steps=800,
+        trunk=0.5,
         rows=16,
-        search_steps=40,
-        learning_rates=(1e-3, 3e-3),
-        full_learning_rates=(1e-4, 3e-4, 1e-3),
+        search_steps=60,
+        learning_rates=(2e-3, 4e-3),
+        full_learning_rates=(5e-4, 1e-3),
     ),
     calibrate=Calibrate(prompts=16, lengths=(0, 2, 4)),
 )

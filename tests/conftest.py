@@ -56,13 +56,15 @@ class World(NamedTuple):
 def pytest_configure(config: pytest.Config) -> None:
     """A program is compiled once a session: commands that are run again, and there are many, take seconds."""
     jax.config.update("jax_num_cpu_devices", 8)  # for meshes; what is not placed lives on the first, as ever
+    if hasattr(config, "workerinput"):  # a worker has its parent's environment, which JAX has read
+        return
     folder = tempfile.TemporaryDirectory()
     config.add_cleanup(folder.cleanup)
     settings = {"compilation_cache_dir": folder.name}
     settings |= {"persistent_cache_min_compile_time_secs": 0.0, "persistent_cache_min_entry_size_bytes": -1}
     for name, value in settings.items():
         jax.config.update(f"jax_{name}", value)
-        os.environ[f"JAX_{name.upper()}"] = str(value)  # processes that a test starts share it
+        os.environ[f"JAX_{name.upper()}"] = str(value)  # workers, and processes that a test starts, share it
 
 
 @pytest.fixture(scope="session")

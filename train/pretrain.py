@@ -3,9 +3,10 @@
 The target learns the tasks well. The drafter sees few steps of the same mixture: it knows the language of the log and
 each task only roughly, which is where speculative decoding usually starts. What `configs/demo` holds came from
 
-    python -m train.pretrain --out configs/demo --batch 16 --target.steps 2000 --draft.steps 80
+    python -m train.pretrain --out configs/demo
 
-on one H100 that other jobs shared, in `minutes` of `pretrain.json`.
+on one H100 with a second such run at its side, in `minutes` of `pretrain.json`. The target is deep and narrow: at batch 1 depth is what a token costs, and
+width what weights weigh.
 """
 
 import time
@@ -70,12 +71,12 @@ class Pretrain:
     """Training rows drawn of each task."""
     eval_rows: int = 64
     """Eval rows of each task that the figures are taken from."""
-    batch: int = 8
+    batch: int = 16
     """Packed sequences in a step."""
     row_tokens: int = 256
     """Tokens in a packed sequence."""
-    target: Recipe = Recipe(layers=5, width=192, heads=6, mlp_width=512, steps=1200, learning_rate=3e-3)
-    draft: Recipe = Recipe(layers=1, width=48, heads=2, mlp_width=128, steps=100, learning_rate=5e-3)
+    target: Recipe = Recipe(layers=16, width=112, heads=4, mlp_width=288, steps=2500, learning_rate=3e-3)
+    draft: Recipe = Recipe(layers=1, width=48, heads=2, mlp_width=128, steps=80, learning_rate=5e-3)
 
 
 class Packed(NamedTuple):
