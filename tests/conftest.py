@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import random
@@ -68,15 +69,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory) -> World:
-    """Models and log on disk; to be copied before anything in it is damaged."""
-    root = tmp_path_factory.mktemp("world")
-    own = World(root / "target", root / "draft", root / "log")
-    write_log(own.prompts)
-    tokenizer = make_tokenizer()
-    for number, (folder, config, strength) in enumerate(((own.target, TARGET, 3.0), (own.draft, DRAFT, 1.5))):
-        write_model(folder, config, random_params(config, number, strength), extra={"eos_token_id": EOS})
-        tokenizer.save_pretrained(folder)
+def together(tmp_path_factory) -> Path:
+    """A folder that is the same in all workers of the session."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def world(together) -> World:
+    """Models and log on disk, made once; to be copied before anything in it is damaged."""
+    own = World(together / "target", together / "draft", together / "log")
+    with one_at_a_time(together):
+        if not own.draft.exists():
+            write_log(own.prompts)
+            tokenizer = make_tokenizer()
+            for number, (folder, config, strength) in enumerate(((own.target, TARGET, 3.0), (own.draft, DRAFT, 1.5))):
+                write_model(folder, config, random_params(config, number, strength), extra={"eos_token_id": EOS})
+                tokenizer.save_pretrained(folder)
     return own
 
 
@@ -105,10 +114,11 @@ def preset(experiment, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def finished(experiment, tmp_path_factory) -> Experiment:
+def finished(experiment, together) -> Experiment:
     """The experiment after `python -m train`, with all stages in `out`; to be copied before anything in it is changed."""
-    done = dataclasses.replace(experiment, out=str(tmp_path_factory.mktemp("finished")))
-    pipeline.run(done)
+    done = dataclasses.replace(experiment, out=str(together / "finished"))
+    with one_at_a_time(together):
+        pipeline.run(done)  # what another worker has finished is skipped
     return done
 
 
@@ -134,6 +144,14 @@ def out_with(finished, tmp_path):
         return tmp_path / "out"
 
     return copy
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path):
+    """Workers take turns."""
+    with open(folder / "turn", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
