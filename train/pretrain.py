@@ -5,8 +5,8 @@ each task only roughly, which is where speculative decoding usually starts. What
 
     python -m train.pretrain --out configs/demo
 
-on one H100 with a second such run at its side, in `minutes` of `pretrain.json`. The target is deep and narrow: at batch 1 depth is what a token costs, and
-width what weights weigh.
+on one H100 with a second such run at its side, in `minutes` of `pretrain.json`. The target is deep and narrow: at batch 1
+depth is what a token costs, and width what weights weigh.
 """
 
 import time
