@@ -16,12 +16,12 @@ experiment = dataclasses.replace(
     align=Align(
         rank=64,
         alpha=64.0,
-        steps=800,
-        trunk=0.5,
+        steps=2000,
+        trunk=0.4,
         rows=16,
-        search_steps=60,
-        learning_rates=(2e-3, 4e-3),
-        full_learning_rates=(5e-4, 1e-3),
+        search_steps=200,
+        learning_rates=(4e-3, 8e-3),
+        full_learning_rates=(2e-3, 4e-3),
     ),
-    calibrate=Calibrate(prompts=16, lengths=(0, 2, 4)),
+    calibrate=Calibrate(prompts=16, lengths=(0, 2, 4, 6)),
 )

@@ -186,9 +186,8 @@ def _train(experiment: Experiment, traces: Traces, course: Course, folder: Path,
         divergence, agreement, count = sums  # [D] each
         return float((divergence / count).mean()), float((agreement / count).mean())
 
-    def advance(state: AlignState, step: int, steps: int, rate: float, warmup: float = spec.warmup):
-        batch = as_rows(course.train, step * spec.rows, spec.rows)
-        return side_by_side(course.frozen, state, batch, schedule(step, steps, rate, warmup, falls=course.falls))
+    def advance(state: AlignState, step: int, rate):
+        return side_by_side(course.frozen, state, as_rows(course.train, step * spec.rows, spec.rows), rate)
 
     before = judge(course.params)
     fresh = lambda: _whole(_fresh(course), mesh)
@@ -198,7 +197,8 @@ def _train(experiment: Experiment, traces: Traces, course: Course, folder: Path,
     progress = tqdm(total=course.steps, initial=done, desc=course.name, disable=not is_writer())
     with open(folder / "metrics.jsonl" if is_writer() else os.devnull, "a") as log, progress as bar:
         for step in range(done, course.steps):
-            state, metrics = advance(state, step, course.steps, rate)
+            now = schedule(step, course.steps, rate, spec.warmup, falls=course.falls)
+            state, metrics = advance(state, step, now)
             if (step + 1) % 10 == 0 or step + 1 == course.steps:
                 said = {name: [round(float(x), 4) for x in value] for name, value in metrics.items()}
                 log.write(json.dumps({"course": course.name, "step": step + 1, **said}) + "\n")
@@ -213,7 +213,7 @@ def _train(experiment: Experiment, traces: Traces, course: Course, folder: Path,
 
 
 def _choose_rate(course: Course, steps: int, fresh, advance, judge, folder: Path) -> float:
-    """The candidate whose short run of its own schedule leaves the smallest divergence on the calibrate split."""
+    """The candidate whose short run, cooled down at its end, leaves the smallest divergence on the calibrate split."""
     file = folder / f"rate-{course.name}.json"
     if file.exists():
         return json.loads(file.read_text())["chosen"]
@@ -223,7 +223,7 @@ def _choose_rate(course: Course, steps: int, fresh, advance, judge, folder: Path
     for rate in tqdm(course.rates, desc=f"{course.name}: learning rate", leave=False):
         state = fresh()
         for step in range(min(steps, course.steps)):
-            state, _ = advance(state, step, steps, rate, SEARCH_WARMUP)
+            state, _ = advance(state, step, schedule(step, steps, rate, SEARCH_WARMUP))
         scores[rate] = judge(state.params)[0]
     chosen = min(scores, key=scores.__getitem__)
     if is_writer():
