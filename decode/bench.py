@@ -28,7 +28,7 @@ from jaxspec.engine import Engine, Method
 from jaxspec.requests import Request, bucket_of, room_of
 from jaxspec.router import TRUNK
 from jaxspec.store.models import encode
-from jaxspec.store.pool import TEST, Pool, draft_length, draft_lengths, load_pool
+from jaxspec.store.pool import TEST, Pool, draft_length, draft_lengths, extra_file, load_pool
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import write_json
 
@@ -54,7 +54,8 @@ class Bench:
     methods: tuple[str, ...] = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "oracle")
     """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram: `routed` drafts with the drafter of
     the prompt's task, `chosen` with the drafter and, one prompt at a time, the draft length that promise the most, `ngram`
-    with what followed in the text before; and merged-average, merged-awd, merged-doge, once `train.extras` has made them."""
+    with what followed in the text before; merged-average, merged-awd, merged-doge, once `train.extras` has made them; and
+    what `train.adopt` has added."""
     batch: int = 1
     """Slots: prompts decoded together; a finished one's slot is filled again."""
     admit_rows: int = 1
@@ -194,8 +195,10 @@ class Work(NamedTuple):
 
 def _check(config: Bench) -> None:
     for name in config.methods:
-        if name not in METHODS:
-            raise UserError(f"--methods {name}: no such method; choose among {', '.join(METHODS)}")
+        if name not in METHODS and not extra_file(Path(config.pool), name).exists():
+            raise UserError(
+                f"--methods {name}: no such method; choose among {', '.join(METHODS)} and what `train.adopt` has added"
+            )
     if config.json and not Path(config.json).absolute().parent.is_dir():
         raise UserError(f"--json {config.json}: its folder does not exist; make it first")
 

@@ -8,19 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from decode import export
+from decode import bench, export
 from jaxspec.config import command_line
 from jaxspec.store.pool import load_pool
 from jaxspec.transformer import forward, unembed
+from train import adopt
 
 TOKENS = np.random.default_rng(0).integers(8, 300, size=(2, 17))
 
 
 def ours(pool, route: int) -> np.ndarray:
-    config, weights = pool.pair.draft.config, pool.weights(route)
+    return logits(pool, pool.weights(route))
+
+
+def logits(pool, weights: dict) -> np.ndarray:
+    config = pool.pair.draft.config
     return np.asarray(unembed(config, weights, forward(config, weights, jnp.asarray(TOKENS))))
 
 
@@ -98,3 +103,75 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_lost(pool, folders, ca
         )
     assert error.value.code == 2 and said in capsys.readouterr().err
     assert sorted(Path(folders).rglob("*")) == before
+
+
+# Into a pool
+
+
+@pytest.fixture
+def own_pool(pool, tmp_path):
+    shutil.copytree(pool, tmp_path / "pool")
+    return tmp_path / "pool"
+
+
+def take_in(pool, adapter, *more) -> None:
+    command_line(adopt.Adopt, adopt.run, ["--pool", str(pool), "--adapter", str(adapter), *more])
+
+
+def write_theirs(base, folder, **changes):
+    """An adapter that PEFT made, on two projections; what it adds is large enough to be seen."""
+    config = LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"], **changes})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    torch.manual_seed(0)
+    for name, leaf in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(leaf, std=0.3)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}])
+def test_an_adapter_that_peft_made_drafts_in_a_pool_as_it_does_there(own_pool, tmp_path, changes):
+    base = load_pool(str(own_pool))
+    model = write_theirs(base.pair.draft.path, tmp_path / "theirs", **changes)
+    take_in(own_pool, tmp_path / "theirs", "--name", "mine")
+    close(logits(base, load_pool(str(own_pool)).drafter("mine")), theirs(model))
+    assert np.abs(logits(base, base.drafter("mine")) - ours(base, base.names.index("base"))).max() > 1e-2
+
+
+def test_what_a_pool_gave_away_comes_back_the_same_and_is_measured(own_pool, folders, tmp_path):
+    take_in(own_pool, folders / "peft" / "task-1", "--name", "again", "--onto", "trunk")
+    pool = load_pool(str(own_pool))
+    close(logits(pool, pool.drafter("again")), ours(pool, 1))
+    settings = {"passes": 1, "max_new_tokens": 8, "widths": (1,), "num_speculative_tokens": 2, "limit": 1}
+    bench.run(
+        bench.Bench(pool=str(own_pool), json=str(tmp_path / "bench.json"), methods=("again", "oracle"), **settings)
+    )
+    rows = json.loads((tmp_path / "bench.json").read_text())["mean"]
+    assert rows["again"]["equal_to_autoregressive"] == 1.0 and rows["again"]["draft_accuracy"] is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "said"),
+    [
+        ({"use_dora": True}, "mine", "use_dora True is not supported"),
+        ({"peft_type": "IA3"}, "mine", "peft_type 'IA3' is not supported"),
+        ({"r": 5}, "mine", "fits this drafter"),
+        ({}, "mixed", "the pool has a drafter or a file of that name"),
+        ({}, "../mine", "will not do"),
+        (None, "mine", "has no adapter_config.json"),
+    ],
+)
+def test_an_adapter_that_does_not_belong_is_refused(own_pool, folders, tmp_path, capsys, changes, name, said):
+    shutil.copytree(folders / "peft" / "task-0", tmp_path / "theirs")
+    file = tmp_path / "theirs" / "adapter_config.json"
+    if changes is None:
+        file.unlink()
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    before = sorted(own_pool.rglob("*"))
+    with pytest.raises(SystemExit) as error:
+        take_in(own_pool, tmp_path / "theirs", "--name", name)
+    assert error.value.code == 2 and said in capsys.readouterr().err
+    assert sorted(own_pool.rglob("*")) == before

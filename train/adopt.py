@@ -1,0 +1,53 @@
+"""Adds a LoRA adapter in PEFT's format to a finished pool, as one more drafter under a name.
+
+    python -m train.adopt --pool runs/testbed/pool --adapter DIR --name mine
+
+It is merged into the model that it was trained on: the pool's base drafter, or its trunk. `decode.bench --methods mine` then
+measures it like any other.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jaxspec.adapters import merge
+from jaxspec.config import UserError, command_line
+from jaxspec.store.peft import read_adapter
+from jaxspec.store.pool import extra_file, load_pool
+from jaxspec.store.trees import write_tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adopt:
+    """Which adapter becomes which drafter."""
+
+    pool: str
+    """Folder of the pool."""
+    adapter: str
+    """PEFT folder: adapter_config.json and adapter_model.safetensors."""
+    name: str
+    """The drafter's name: small letters, digits and dashes."""
+    onto: Literal["base", "trunk"] = "base"
+    """The model that the adapter was trained on; what `decode.export` writes of a pool with a trunk belongs on that."""
+    target: str = ""
+    """Another place of the pool's target."""
+    draft: str = ""
+    """Another place of the pool's base drafter."""
+
+
+def run(config: Adopt) -> None:
+    """Writes the drafter's weights into the pool's folder."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", config.name):
+        raise UserError(f"--name {config.name!r} will not do; give small letters, digits and dashes")
+    pool = load_pool(config.pool, target=config.target, draft=config.draft)
+    file = extra_file(pool.path, config.name)
+    if file.exists() or config.name in (*pool.names, "bank", "router", "trunk"):
+        raise UserError(f"--name {config.name!r}: the pool has a drafter or a file of that name; give another")
+    on = pool.drafter(config.onto)
+    write_tree(file, merge(on, read_adapter(Path(config.adapter), on), 0))
+    print(f"adopt: {config.name} is in {pool.path}; measure it with `decode.bench --methods {config.name}`")
+
+
+if __name__ == "__main__":
+    command_line(Adopt, run)
