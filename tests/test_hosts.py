@@ -106,7 +106,7 @@ def test_a_job_of_two_hosts_goes_on_when_one_of_them_was_killed(pool, tmp_path, 
     job[1].send_signal(notice)
     job[1].communicate(timeout=10)
     assert job[1].returncode == (143 if notice == signal.SIGTERM else -notice) and job[0].poll() is None
-    assert 0 < answered(mine) < 300 and not output.exists()
+    assert 0 < answered(mine) < 300 and answered(part_file(output, 0, 2)) < 300 and not output.exists()
     kill(job[:1])
     kept = mine.read_bytes()
     finish([start(process, os.getpid() + 1, argv) for process in range(2)])
