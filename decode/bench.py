@@ -28,13 +28,11 @@ from jaxspec.engine import Engine, Method
 from jaxspec.requests import Request, bucket_of, room_of
 from jaxspec.router import TRUNK
 from jaxspec.store.models import encode
-from jaxspec.store.pool import TEST, Pool, draft_length, draft_lengths, extra_file, load_pool
+from jaxspec.store.pool import METHODS, TEST, Pool, draft_length, draft_lengths, extra_file, load_pool
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import write_json
 
 REFILLS = 4  # prompts that a slot serves in one measured batch
-MERGED = ("merged-average", "merged-awd", "merged-doge")
-METHODS = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "wrong", "oracle", "ngram", *MERGED)
 
 
 @dataclass(frozen=True, kw_only=True)

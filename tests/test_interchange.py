@@ -158,7 +158,10 @@ def test_what_a_pool_gave_away_comes_back_the_same_and_is_measured(own_pool, fol
         ({"use_dora": True}, "mine", "use_dora True is not supported"),
         ({"peft_type": "IA3"}, "mine", "peft_type 'IA3' is not supported"),
         ({"r": 5}, "mine", "fits this drafter"),
-        ({}, "mixed", "the pool has a drafter or a file of that name"),
+        ({"r": None}, "mine", "says nothing of r; save the adapter again"),
+        ({}, "mixed", "the pool or bench has that name already"),
+        ({}, "routed", "the pool or bench has that name already"),
+        ({}, "mine", "belongs on"),  # it was exported with the trunk, and is put on the base
         ({}, "../mine", "will not do"),
         (None, "mine", "has no adapter_config.json"),
     ],
@@ -169,7 +172,8 @@ def test_an_adapter_that_does_not_belong_is_refused(own_pool, folders, tmp_path,
     if changes is None:
         file.unlink()
     else:
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        said_there = json.loads(file.read_text()) | changes
+        file.write_text(json.dumps({key: value for key, value in said_there.items() if value is not None}))
     before = sorted(own_pool.rglob("*"))
     with pytest.raises(SystemExit) as error:
         take_in(own_pool, tmp_path / "theirs", "--name", name)

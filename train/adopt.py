@@ -13,8 +13,9 @@ from typing import Literal
 
 from jaxspec.adapters import merge
 from jaxspec.config import UserError, command_line
-from jaxspec.store.peft import read_adapter
-from jaxspec.store.pool import extra_file, load_pool
+from jaxspec.store.huggingface import digest
+from jaxspec.store.peft import base_of, read_adapter
+from jaxspec.store.pool import METHODS, Pool, extra_file, load_pool
 from jaxspec.store.trees import write_tree
 
 
@@ -42,11 +43,24 @@ def run(config: Adopt) -> None:
         raise UserError(f"--name {config.name!r} will not do; give small letters, digits and dashes")
     pool = load_pool(config.pool, target=config.target, draft=config.draft)
     file = extra_file(pool.path, config.name)
-    if file.exists() or config.name in (*pool.names, "bank", "router", "trunk"):
-        raise UserError(f"--name {config.name!r}: the pool has a drafter or a file of that name; give another")
+    if file.exists() or config.name in (*METHODS, *pool.names, "trunk"):
+        raise UserError(f"--name {config.name!r}: the pool or bench has that name already; give another")
     on = pool.drafter(config.onto)
-    write_tree(file, merge(on, read_adapter(Path(config.adapter), on), 0))
+    bank = read_adapter(Path(config.adapter), on)
+    if config.onto == "base":
+        _check_base(config, pool)
+    write_tree(file, merge(on, bank, 0))
     print(f"adopt: {config.name} is in {pool.path}; measure it with `decode.bench --methods {config.name}`")
+
+
+def _check_base(config: Adopt, pool: Pool) -> None:
+    """Refuses an adapter that names another model, where that is a folder here."""
+    named = base_of(Path(config.adapter))
+    if named and Path(named).is_dir() and (found := digest(named)) != pool.pair.draft.digest:
+        raise UserError(
+            f"--adapter {config.adapter} belongs on {named}, whose digest is {found}; the pool's base drafter has "
+            f"{pool.pair.draft.digest}: give an adapter of that, or --onto trunk for one that was exported with the trunk"
+        )
 
 
 if __name__ == "__main__":

@@ -84,11 +84,19 @@ def read_adapter(folder: Path, params: dict) -> Bank:
     return scaled(bank, scale)
 
 
+def base_of(folder: Path) -> str | None:
+    """The model that a PEFT folder says it belongs on: a path, or a name on a hub."""
+    return _config(folder).get("base_model_name_or_path")
+
+
 def _config(folder: Path) -> dict:
     """What a folder of plain LoRA says of itself."""
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} has no {CONFIG}; give the folder that PEFT's save_pretrained wrote")
     config = read_json(folder / CONFIG)
+    missing = {"peft_type", "r", "lora_alpha"} - config.keys()
+    if missing:
+        raise UserError(f"{folder / CONFIG} says nothing of {min(missing)}; save the adapter again with PEFT")
     odd = {name for name, plain in PLAIN.items() if config.get(name) not in (plain, None)}
     if odd:
         name = min(odd)

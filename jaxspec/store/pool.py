@@ -31,6 +31,11 @@ BANK, MIXED, TRUNK_FILE, ROUTER, TEST, POINTS, EXTRAS = (
 )
 
 
+MERGED = ("merged-average", "merged-awd", "merged-doge")
+METHODS = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "wrong", "oracle", "ngram", *MERGED)
+"""What `decode.bench` can measure of any pool; no drafter that is added may have such a name."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pool:
     """Models and drafters in memory.
