@@ -14,5 +14,5 @@ experiment = Experiment(
     mesh=Mesh(data=1, model=8, memory=15.75),  # of a chip's 16 GiB, what XLA leaves to programs
     trace=Trace(batch=32, max_prompt_tokens=1024, max_new_tokens=256, smallest_bucket=256),
     partition=Partition(max_clusters=8),
-    align=Align(rank=32, alpha=32.0, rows=8, row_tokens=1024, learning_rates=(1e-4, 3e-4), full_learning_rates=()),
+    align=Align(rank=32, alpha=32.0, rows=8, row_tokens=1024, learning_rates=(1e-4, 3e-4), mixed=("lora",)),
 )

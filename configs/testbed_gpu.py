@@ -22,6 +22,8 @@ experiment = dataclasses.replace(
         search_steps=200,
         learning_rates=(4e-3, 8e-3),
         full_learning_rates=(2e-3, 4e-3),
+        specialists=("lora", "full"),
+        mixed=("full",),  # LoRA on the base lost to it in every run
     ),
     calibrate=Calibrate(prompts=16, lengths=(0, 2, 4, 6)),
 )

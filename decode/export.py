@@ -14,6 +14,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from jaxspec.adapters import Whole
 from jaxspec.config import UserError, command_line
 from jaxspec.router import TRUNK
 from jaxspec.store.huggingface import write_tensors
@@ -44,6 +45,8 @@ class Export:
 def run(config: Export) -> None:
     """Writes the folders and says where they are."""
     pool = load_pool(config.pool, target=config.target, draft=config.draft)
+    if config.to == "peft" and isinstance(pool.bank, Whole):
+        raise UserError(f"{config.pool} has full fine-tunes as specialists, not adapters; export them with --to hf")
     chosen = list(_chosen(config, pool))
     out = Path(config.out)
     if out.exists():

@@ -179,6 +179,8 @@ def _pool(config: Generate, known: _Known, asks: Sequence[Ask | str], mesh: jax.
     facts, target, draft = known.facts, known.target, known.draft
     requests = [ask.request for ask in asks if isinstance(ask, Ask)]
     dtype, tasks, whole = config.dtype or facts["dtype"], len(facts["tasks"]), 3 if facts["trunk"] else 2
+    lora = facts["specialists"] == "bank_lora"
+    alone = lora and config.batch > 1 and not serving.stacks(draft, tasks, dtype)
     load = Load(
         batch=config.batch,
         prompt_tokens=max((len(r.ids) for r in requests), default=1),
@@ -186,8 +188,8 @@ def _pool(config: Generate, known: _Known, asks: Sequence[Ask | str], mesh: jax.
         num_speculative_tokens=draft_length(facts, config.num_speculative_tokens),
         dtype=dtype,
         tasks=tasks,
-        rank=facts["rank"],
-        drafters=whole if config.batch > 1 and not serving.stacks(draft, tasks, dtype) else whole + 1 + tasks,
+        rank=facts["rank"] if lora else 0,
+        drafters=whole if alone else whole + 1 + tasks,
         logprobs=config.logprobs,
         prefill_rows=-(-config.admit_rows // config.mesh.data) * config.mesh.data,  # rows that do not divide are whole
     )

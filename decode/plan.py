@@ -39,7 +39,7 @@ def load_of(experiment: Experiment) -> Load:
         num_speculative_tokens=trace.num_speculative_tokens,
         dtype=experiment.dtype,
         tasks=partition.num_clusters or partition.max_clusters,
-        rank=experiment.align.rank,
+        rank=0 if "full" in experiment.align.specialists else experiment.align.rank,
         drafters=3 if experiment.align.trunk else 2,
     )
 

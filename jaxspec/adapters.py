@@ -1,9 +1,10 @@
-"""The LoRA bank: one low-rank update of the base drafter a task, and two ways for rows to have each their own.
+"""The bank: one update of the base drafter a task, and the ways for rows to have each their own.
 
-A bank is a list over layers of {projection: (a `[tasks, in, r]`, b `[tasks, r, out]`)}; an adapter is the same with rows
-in place of tasks. The scale alpha / r is folded into b when a bank is made, so applying needs no constant. Small drafters on
-an accelerator are bound by launches, not by bytes: there the merged kernels of all tasks may stand side by side, one product
-serves every row, and the adapter is only the row's route.
+A bank of LoRA adapters is a list over layers of {projection: (a `[tasks, in, r]`, b `[tasks, r, out]`)}; an adapter is the same
+with rows in place of tasks. The scale alpha / r is folded into b when a bank is made, so applying needs no constant. Small
+drafters on an accelerator are bound by launches, not by bytes: there the merged kernels of all tasks may stand side by side,
+one product serves every row, and the adapter is only the row's route. Of a drafter that is mostly embedding the specialists
+may be whole weights instead, and a row has its own of them.
 Source: LoRA, https://arxiv.org/abs/2106.09685.
 """
 
@@ -17,8 +18,15 @@ from jax import Array
 WINDOW = 17  # tokens of a row that are a window; a prompt has more
 PROJECTIONS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 
-Bank = list[dict[str, tuple[Array, Array]]]
-Adapter = list[dict[str, tuple[Array, Array]]] | Array
+
+class Whole(NamedTuple):
+    """Whole weights in place of low-rank updates: of each task, `[tasks, ...]`, or of each row, `[B, ...]`."""
+
+    weights: dict
+
+
+Bank = list[dict[str, tuple[Array, Array]]] | Whole
+Adapter = list[dict[str, tuple[Array, Array]]] | Array | Whole
 
 
 class Stacked(NamedTuple):
@@ -43,10 +51,18 @@ def scaled(bank: Bank, scale: float) -> Bank:
     return [{name: (a, b * scale) for name, (a, b) in layer.items()} for layer in bank]
 
 
+def with_base(params: dict, bank: Whole) -> Whole:
+    """The specialists with the base drafter's weights as the last, which route -1 picks."""
+    join = lambda own, base: jnp.concatenate([own, base[None]])
+    return Whole(jax.tree.map(join, bank.weights, params))
+
+
 def select(bank: Bank | Stacked, route: Array) -> Adapter:
-    """Rows' own adapters: `route [B]` picks each row's task; -1 is the base drafter, an update of zero."""
+    """Rows' own adapters: `route [B]` picks each row's task; -1 is the base drafter, an update of zero or the last weights."""
     if isinstance(bank, Stacked):
         return route
+    if isinstance(bank, Whole):
+        return jax.tree.map(lambda leaf: leaf[route], bank)
     served = (route >= 0)[:, None, None]
     pick = lambda stack: jnp.where(served, stack[jnp.maximum(route, 0)], 0).astype(stack.dtype)
     return jax.tree.map(pick, bank)
@@ -56,22 +72,42 @@ def merge(params: dict, bank: Bank, task: int) -> dict:
     """The base drafter's parameters with one task's update added in; the shape of the program does not change."""
     if task < 0:
         return params
-    return added(params, [{name: _product(a[task], b[task]) for name, (a, b) in layer.items()} for layer in bank])
+    if isinstance(bank, Whole):
+        return jax.tree.map(lambda own, leaf: own[task].astype(leaf.dtype), bank.weights, params)
+    own = [{name: (a[task], b[task]) for name, (a, b) in layer.items()} for layer in bank]
+    return added(params, _products(params, own))
 
 
-def added(params: dict, update: list[dict[str, Array]]) -> dict:
-    """Parameters with an update `[in, out]` added to every kernel, in float32."""
-    layers = {layer: {block: dict(own) for block, own in blocks.items()} for layer, blocks in params["layers"].items()}
-    for layer, (block, name, kernel) in _kernels(params):
-        dense = dict(layers[layer][block][name])
-        dense["kernel"] = (kernel.astype(jnp.float32) + update[layer][name]).astype(kernel.dtype)
-        layers[layer][block][name] = dense
-    return {**params, "layers": layers}
+def added(params: dict, update: dict[str, Array]) -> dict:
+    """Parameters with an update added, in float32, to every leaf that it names by its path."""
+
+    def own(path, leaf: Array) -> Array:
+        change = update.get(_name(path))
+        return leaf if change is None else (leaf.astype(jnp.float32) + change).astype(leaf.dtype)
+
+    return jax.tree.map_with_path(own, params)
 
 
-def updates(bank: Bank) -> list[dict[str, Array]]:
-    """What each task's adapter adds to every kernel: `[tasks, in, out]` float32."""
-    return [{name: _product(a, b) for name, (a, b) in layer.items()} for layer in bank]
+def updates(params: dict, bank: Bank) -> dict[str, Array]:
+    """What each task adds to the base drafter, by the path of the leaf: `[tasks, in, out]` float32 of every kernel that has an
+    adapter; of whole specialists `[tasks, ...]` of every leaf."""
+    if not isinstance(bank, Whole):
+        return _products(params, bank)
+    wide = lambda leaf: leaf.astype(jnp.float32)
+    changes = jax.tree.map(lambda own, base: wide(own) - wide(base), bank.weights, params)
+    return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(changes)}
+
+
+def _products(params: dict, bank: list) -> dict[str, Array]:
+    return {_path(layer, block, name): _product(*bank[layer][name]) for layer, (block, name, _) in _kernels(params)}
+
+
+def _path(layer: int, block: str, name: str) -> str:
+    return f"layers.{layer}.{block}.{name}.kernel"
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _product(a: Array, b: Array) -> Array:

@@ -88,7 +88,13 @@ class Align:
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """Candidates for LoRA; the calibrate split chooses."""
     full_learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    """Candidates for the full fine-tune of the mixed drafter; none leaves it out, where its optimiser does not fit."""
+    """Candidates for full fine-tunes, the trunk's among them."""
+    specialists: tuple[Literal["lora", "full"], ...] = ("lora",)
+    """Kinds of specialists to train, each for all its steps; of both the calibrate split chooses. Small drafters are mostly
+    embedding, which adapters do not reach."""
+    mixed: tuple[Literal["lora", "full"], ...] = ("lora", "full")
+    """Kinds of the mixed drafter to train; of both the calibrate split chooses. `lora` alone where the optimiser of a full
+    fine-tune does not fit."""
     search_steps: int = 20
     """Steps spent on each candidate; one candidate alone is taken without a search."""
     warmup: float = 0.05
@@ -210,7 +216,6 @@ def command_line(config_type: type[Config], run: Callable[[Config], None], argv:
 
 
 MAY_BE_ZERO = ("seed", "process", "lengths", "num_speculative_tokens")
-MAY_BE_EMPTY = ("full_learning_rates",)
 SHARES = ("trunk", "warmup", "fallback_below")
 
 
@@ -220,7 +225,7 @@ def check_numbers(config: Any, prefix: str = "--") -> None:
         value, flag = getattr(config, own.name), prefix + own.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
             check_numbers(value, f"{flag}.")
-        if value == () and own.default not in ((), dataclasses.MISSING) and own.name not in MAY_BE_EMPTY:
+        if value == () and own.default not in ((), dataclasses.MISSING):
             raise UserError(f"{flag} is empty; give at least one value, for example {own.default[0]}")
         real = (0, 1 if own.name in SHARES else math.inf)
         least, most = (int(own.name not in MAY_BE_ZERO), 2**31 - 1) if "int" in str(own.type) else real

@@ -1,7 +1,8 @@
 """One drafter made of many: controls for routing, and a way to save memory.
 
-All of it works on the tasks' updates (`adapters.updates`), what each specialist adds to the base drafter's kernels: a list over
-layers of {projection: `[tasks, in, out]`} float32. The result is one such update without the axis of tasks.
+All of it works on the tasks' updates (`adapters.updates`), what each specialist adds to the base drafter: by the path of the
+leaf `[tasks, in, out]` float32, and `[tasks, out]` where a whole specialist's leaf is a vector. The result is one such update
+without the axis of tasks.
 """
 
 from functools import partial
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-Updates = list[dict[str, Array]]
+Updates = dict[str, Array]
 
 
 def task_arithmetic(tau: Updates, scale: float) -> Updates:
@@ -56,7 +57,7 @@ def doge(
     """DOGE (Wei et al., arXiv 2501.01230): a shared correction, learned outside of the subspace that the tasks share.
 
     Every task has the coefficient `scale` over its update's norm, a kernel at a time; of each update plus the correction only
-    the `kept` share of places counts where the update, over all kernels, is largest.
+    the `kept` share of places counts where the update, over all kernels, is largest. Vectors, which span nothing, are averaged.
 
     Args:
         divisor: the shared subspace has the kernel's smaller side over this many dimensions.
@@ -66,6 +67,8 @@ def doge(
     least = jnp.quantile(magnitude, 1 - kept, axis=1)
 
     def merged(leaf: Array) -> Array:
+        if leaf.ndim < 3:
+            return leaf.mean(0)
         share = scale / jnp.maximum(jnp.linalg.norm(leaf, axis=(1, 2)), 1e-12)
         delta = _correction(leaf, share, divisor, steps, rate)
         mask = jnp.abs(leaf) >= least[:, None, None]

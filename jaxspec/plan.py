@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxspec import recording, sharding, verify
-from jaxspec.adapters import init_bank
+from jaxspec.adapters import Whole, init_bank
 from jaxspec.config import UserError
 from jaxspec.drafters.lm import LMDrafterParams, lm_drafter
 from jaxspec.requests import bucket_of, room_of
@@ -28,8 +28,8 @@ class Load:
     batch: rows decoded together, on all devices; prefill_rows: rows read at a time, None for all of them;
     logprobs: whether log probabilities are recorded.
     prompt_tokens, max_new_tokens: longest prompt and completion.
-    tasks, rank: of the LoRA bank, 0 tasks for none; drafters: whole drafters in memory, the base with `mixed`, a trunk
-    and merged specialists.
+    tasks, rank: of the bank, 0 tasks for none, rank 0 for whole specialists; drafters: whole drafters in memory beside it, the
+    base with `mixed`, a trunk and merged specialists.
     """
 
     batch: int
@@ -134,7 +134,8 @@ def _weights(target: LMConfig, draft: LMConfig, load: Load, mesh) -> list[Row]:
     ]
     bank = shapes.drafter.bank
     size = 0 if bank is None else sharding.device_bytes(bank, sharding.param_specs(bank, "drafter"), mesh)
-    return [*rows, Row("weights", f"LoRA bank, {load.tasks} tasks", size)]
+    kind = "LoRA bank" if load.rank else "whole specialists"
+    return [*rows, Row("weights", f"{kind}, {load.tasks} tasks", size)]
 
 
 def _state(target: LMConfig, draft: LMConfig, load: Load, batch: int, kind: str, mesh) -> list[Row]:
@@ -192,10 +193,13 @@ def _one_slot(target: LMConfig, draft: LMConfig, load: Load) -> Slots:
 def _params(target: LMConfig, draft: LMConfig, load: Load) -> SpecParams:
     dtype = jnp.dtype(load.dtype)
     weights = abstract(draft, dtype)
+    of_shape = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
     bank = None
-    if load.tasks:
+    if load.tasks and load.rank:
         fresh = lambda own: init_bank(own, jax.random.key(0), tasks=load.tasks, rank=load.rank)
-        bank = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), jax.eval_shape(fresh, weights))
+        bank = jax.tree.map(lambda x: of_shape(*x.shape), jax.eval_shape(fresh, weights))
+    elif load.tasks:
+        bank = Whole(jax.tree.map(lambda x: of_shape(load.tasks + 1, *x.shape), weights))
     return SpecParams(abstract(target, dtype), LMDrafterParams(weights, bank))
 
 

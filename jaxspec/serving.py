@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxspec import router, verify
-from jaxspec.adapters import Stacked, stack
+from jaxspec.adapters import Stacked, Whole, stack, with_base
 from jaxspec.drafters import lm_drafter, ngram_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
@@ -136,6 +136,9 @@ def adapted(pool: Pool, slots: int) -> Callable[[np.ndarray], LMDrafterParams]:
 
     if slots == 1:
         return lambda routes: merged(int(routes[0]))
+    if isinstance(pool.bank, Whole):
+        every = LMDrafterParams(pool.trunk, with_base(pool.trunk, pool.bank))
+        return lambda routes: every
     if stacks(pool.pair.draft.config, len(pool.tasks), _dtype(pool)):
         side_by_side = LMDrafterParams(stack(pool.trunk, pool.bank), Stacked())
         return lambda routes: side_by_side

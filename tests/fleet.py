@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import align, sharding, verify
-from jaxspec.adapters import Stacked, init_bank, stack
+from jaxspec.adapters import Stacked, Whole, init_bank, merge, stack, with_base
 from jaxspec.align import Batch
 from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
@@ -38,7 +38,7 @@ ROUTES = [0, 1, 2, -1, 0, 1, 2, -1]
 
 
 class Case(NamedTuple):
-    """A way of decoding: its law, its rows' adapters (none, `gathered` or `side by side`), whether rows sample."""
+    """A way of decoding: its law, its rows' adapters (none, `gathered`, `side by side` or `whole`), whether rows sample."""
 
     law: Any
     adapters: str
@@ -52,6 +52,7 @@ CASES = {
     "banked": Case(verify.greedy, "gathered", False),
     "sampled": Case(verify.rejection, "gathered", True),
     "stacked": Case(verify.gumbel, "side by side", True),
+    "whole": Case(verify.greedy, "whole", False),
     "silent": Case(verify.greedy, "none", False, drafted=0),
 }
 
@@ -75,6 +76,8 @@ def weights(adapters: str) -> SpecParams:
     noise = lambda x: 0.2 * jax.random.normal(jax.random.key(3), x.shape)
     bank = jax.tree.map(noise, bank)
     ways = {"none": (draft, None), "gathered": (draft, bank), "side by side": (stack(draft, bank), Stacked())}
+    whole = Whole(jax.tree.map(lambda *leaves: jnp.stack(leaves), *(merge(draft, bank, task) for task in range(3))))
+    ways |= {"whole": (draft, with_base(draft, whole))}
     return SpecParams(drawn(TARGET, 0), LMDrafterParams(*ways[adapters]))
 
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from jaxspec import align
-from jaxspec.config import Align, UserError
+from jaxspec.config import Align
 from jaxspec.packing import as_batch, pack, packed_rows, places
 from jaxspec.store.huggingface import read_model
 from jaxspec.store.stages import manifest, read_arrays
@@ -180,12 +180,12 @@ def test_mixed_is_paid_what_trunk_and_specialists_are_paid_and_both_go_on_from_t
     courses = {own.name: own for own in stage._courses(finished, traces, partition, draft, 300, results)}
     spent = {name: course.steps * len(course.train) for name, course in courses.items()}
     whole = finished.align.steps * len(partition["centroids"])
-    assert spent["trunk"] + spent["bank"] == spent["trunk"] + spent["mixed_full"] == spent["mixed_lora"] == whole
+    assert spent["trunk"] + spent["bank_lora"] == spent["trunk"] + spent["mixed_full"] == spent["mixed_lora"] == whole
     assert courses["trunk"].train[0] + courses["mixed_full"].train[0] == courses["mixed_lora"].train[0]
     assert not courses["trunk"].falls and all(course.falls for name, course in courses.items() if name != "trunk")
     same = lambda x, y: np.testing.assert_array_equal(x, y)
     jax.tree.map(same, courses["mixed_full"].params, trunk)
-    jax.tree.map(lambda x, y: same(x, y[0]), courses["bank"].frozen, trunk)
+    jax.tree.map(lambda x, y: same(x, y[0]), courses["bank_lora"].frozen, trunk)
     jax.tree.map(same, courses["mixed_lora"].frozen, draft.params)
     said = manifest(finished.out, "align")["results"]
     assert said["mixed_full"]["before"] == pytest.approx(said["trunk"]["agreement"])
@@ -195,12 +195,5 @@ def test_without_a_trunk_specialists_start_from_the_base(finished, out_with):
     out = out_with("trace", "partition")
     spec = dataclasses.replace(finished.align, trunk=0.0, steps=2)
     stage.run(dataclasses.replace(finished, out=str(out), align=spec))
-    assert manifest(str(out), "align")["results"].keys() >= {"bank", "mixed_lora", "mixed_full", "mixed"}
+    assert manifest(str(out), "align")["results"].keys() >= {"bank_lora", "mixed_lora", "mixed_full", "mixed"}
     assert not (out / "align" / "trunk.safetensors").exists()
-
-
-def test_a_trunk_that_has_no_rate_is_refused(finished, out_with):
-    out = out_with("trace", "partition")
-    spec = dataclasses.replace(finished.align, full_learning_rates=())
-    with pytest.raises(UserError, match=r"--align.trunk 0.5 .* --align.full-learning-rates"):
-        stage.run(dataclasses.replace(finished, out=str(out), align=spec))

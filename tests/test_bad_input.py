@@ -226,7 +226,7 @@ def test_a_setting_that_will_not_do(refused, preset, out_with, stage, argv, part
     [
         ("trace", ["--trace.top-logits", "401"]),
         ("partition", ["--partition.num-clusters", "49"]),
-        ("align", ["--align.trunk", "0.5", "--align.full-learning-rates"]),
+        ("align", ["--align.trunk", "1"]),
         ("calibrate", ["--calibrate.lengths", "2", "17"]),
     ],
 )

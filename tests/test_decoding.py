@@ -12,7 +12,7 @@ import pytest
 from toys import prompt_of
 
 from jaxspec import metrics, verify
-from jaxspec.adapters import Stacked, init_bank, merge, stack
+from jaxspec.adapters import Stacked, Whole, init_bank, merge, stack, with_base
 from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
@@ -151,17 +151,27 @@ def test_drafting_nothing_is_the_same_program_and_the_same_text(k):
     assert SPEC[k].programs.chunk._cache_size() == 1
 
 
-@pytest.mark.parametrize("way", ["gathered", "side by side"])
+@pytest.mark.parametrize("way", ["gathered", "side by side", "whole"])
 def test_rows_with_different_adapters_share_a_program_and_equal_merged_weights(way):
     bank = init_bank(DRAFT, jax.random.key(2), tasks=3, rank=2)
     bank = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(3), x.shape), bank)
+    whole = Whole(jax.tree.map(lambda *leaves: jnp.stack(leaves), *(merge(DRAFT, bank, task) for task in range(3))))
     routes = [2, -1, 0, 1]
     ways = {"gathered": (DRAFT, bank), "side by side": (stack(DRAFT, bank), Stacked())}
+    ways |= {"whole": (DRAFT, with_base(DRAFT, whole))}
     mixed = answer(SPEC[3], LMDrafterParams(*ways[way]), route=routes)
     for i, route in enumerate(routes):
         alone = answer(SPEC[3], LMDrafterParams(merge(DRAFT, bank, route)))
         assert mixed[i].ids == alone[i].ids
         np.testing.assert_array_equal(mixed[i].counts.accepted_by_position, alone[i].counts.accepted_by_position)
+
+
+def test_rows_whose_own_weights_are_the_targets_lose_nothing():
+    other = jax.tree.map(lambda x: x[::-1], PARAMS)
+    bank = with_base(NEAR, Whole(jax.tree.map(lambda *leaves: jnp.stack(leaves), other, PARAMS)))
+    found = answer(programs(TARGET, 4), LMDrafterParams(NEAR, bank), route=[1, 0, -1, 1])
+    accepted = [c.counts.num_accepted_tokens / c.counts.num_draft_tokens for c in found]
+    assert accepted[0] == accepted[3] == 1 > accepted[2] > accepted[1]
 
 
 def test_a_stop_inside_a_block_ends_the_row():

@@ -127,7 +127,7 @@ def test_two_hosts_align_as_one_and_go_on_when_one_of_them_was_killed(finished, 
     assert not (out / "align" / "manifest.json").exists()
     finish([start(process, os.getpid() + 3, argv) for process in range(2)])
     one, two = (manifest(str(folder), "align")["results"] for folder in (finished.out, out))
-    for course in ("trunk", "bank", "mixed_lora", "mixed_full"):
+    for course in ("trunk", "bank_lora", "mixed_lora", "mixed_full"):
         np.testing.assert_allclose(two[course]["divergence"], one[course]["divergence"], rtol=1e-3)
     like, bank = (load_file(Path(folder, "align", "bank.safetensors")) for folder in (finished.out, out))
     assert {name: leaf.shape for name, leaf in bank.items()} == {name: leaf.shape for name, leaf in like.items()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 from decode import bench
 from jaxspec import merging
-from jaxspec.adapters import added, init_bank, merge, updates
+from jaxspec.adapters import Whole, added, init_bank, merge, updates
 from jaxspec.config import UserError
 from jaxspec.store.pool import load_pool
 from tests import fleet
@@ -23,7 +24,8 @@ def drawn(seed: int = 0) -> merging.Updates:
     """Two layers of two kernels, one of them wide, whose tasks have something in common."""
     rng = np.random.default_rng(seed)
     kernel = lambda *shape: jnp.asarray(rng.normal(size=(TASKS, *shape)) + rng.normal(size=shape), jnp.float32)
-    return [{"q": kernel(IN, OUT), "up": kernel(IN, 2 * OUT)} for _ in range(2)]
+    shapes = {"q": (IN, OUT), "up": (IN, 2 * OUT)}
+    return {f"{layer}.{name}": kernel(*shape) for layer in range(2) for name, shape in shapes.items()}
 
 
 def flat(tau: merging.Updates) -> np.ndarray:
@@ -40,8 +42,12 @@ def cosines(tau: merging.Updates) -> np.ndarray:
 def test_updates_are_what_merging_an_adapter_adds():
     params = fleet.weights("none").drafter.weights
     bank = jax.tree.map(lambda x: x + 0.1, init_bank(params, jax.random.key(0), tasks=TASKS, rank=4))
+    full = Whole(jax.tree.map(lambda x: x + jnp.arange(TASKS).reshape(-1, *(1,) * x.ndim), params))
     for task in range(TASKS):
-        own = jax.tree.map(lambda leaf, task=task: leaf[task], updates(bank))
+        own = jax.tree.map(lambda leaf, task=task: leaf[task], updates(params, full))
+        same = partial(np.testing.assert_allclose, atol=1e-6)
+        jax.tree.map(same, added(params, own), jax.tree.map(lambda leaf, task=task: leaf + task, params))
+        own = jax.tree.map(lambda leaf, task=task: leaf[task], updates(params, bank))
         jax.tree.map(np.testing.assert_array_equal, added(params, own), merge(params, bank, task))
     assert any(
         (x != y).any() for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(added(params, own)), strict=True)
@@ -66,22 +72,21 @@ def test_disentangling_makes_updates_less_alike_by_one_vector_for_all():
 
 def test_disentangling_leaves_orthogonal_updates_alone():
     eye = jnp.eye(TASKS * 4, dtype=jnp.float32).reshape(TASKS, 4, TASKS, 4).sum(1)  # each task has columns of its own
-    tau = [{"q": eye}]
+    tau = {"q": eye}
     jax.tree.map(np.testing.assert_array_equal, merging.awd(tau), tau)
 
 
 def test_doge_without_correction_or_mask_is_arithmetic_by_norm():
     tau = drawn()
     found = merging.doge(tau, kept=1.0, steps=0)
-    for layer, own in zip(found, tau, strict=True):
-        for name, leaf in own.items():
-            share = 0.07 / np.linalg.norm(leaf, axis=(1, 2))
-            np.testing.assert_allclose(layer[name], np.einsum("t,tio->io", share, leaf), rtol=1e-4, atol=1e-7)
+    for name, leaf in tau.items():
+        share = 0.07 / np.linalg.norm(leaf, axis=(1, 2))
+        np.testing.assert_allclose(found[name], np.einsum("t,tio->io", share, leaf), rtol=1e-4, atol=1e-7)
 
 
 def test_doge_keeps_the_places_where_a_task_changed_most():
     tau = drawn()
-    alone = [{name: leaf.at[1:].set(0.0) for name, leaf in layer.items()} for layer in tau]
+    alone = {name: leaf.at[1:].set(0.0) for name, leaf in tau.items()}
     found = merging.doge(alone, kept=0.25, steps=0)
     places = np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(found)])
     first = np.abs(flat(alone)[0])
@@ -90,7 +95,7 @@ def test_doge_keeps_the_places_where_a_task_changed_most():
 
 
 def test_the_correction_of_doge_lowers_its_loss_less_where_tasks_share_more():
-    leaf = drawn()[0]["q"]
+    leaf = drawn()["0.q"]
     share = 0.07 / jnp.linalg.norm(leaf, axis=(1, 2))
 
     def loss(delta):
@@ -115,7 +120,7 @@ def test_extras_are_made_from_the_pool_and_measured_like_any_drafter(finished, o
     for own in said.values():
         scores = own["acceptance_length"]
         assert scores[str(own["coefficient"])] == max(scores.values()) and min(scores.values()) >= 1
-    bank, trunk = updates(pool.bank), pool.trunk
+    bank, trunk = updates(pool.trunk, pool.bank), pool.trunk
     mean = jax.tree.map(lambda leaf: leaf.mean(0), bank)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), pool.drafter("merged-average"), added(trunk, mean)

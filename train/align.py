@@ -1,12 +1,12 @@
-"""Aligns one LoRA adapter a task to the target's stored distributions, and `mixed`, the control that routing must beat.
+"""Aligns one drafter a task to the target's stored distributions, and `mixed`, the control that routing must beat.
 
     python -m train.align --config configs/testbed.py --out runs/testbed ...
 
-The specialists start from the base, or from a trunk that has seen the union, and are trained side by side. `mixed` sees
-the union for as many steps x tokens as trunk and specialists together, as LoRA of the bank's rank and as a full
-fine-tune, which goes on from the trunk where there is one; the better on the calibrate split is kept. The target never
-runs. With `--distributed` it is one training over the devices of all hosts, which see the same folders and of which the
-first writes.
+The specialists, LoRA adapters or full fine-tunes, start from the base, or from a trunk that has seen the union, and are trained
+side by side. `mixed` sees the union for as many steps x tokens as trunk and specialists together, as LoRA of the bank's rank
+and as a full fine-tune, which goes on from the trunk where there is one; the better on the calibrate split is kept. The
+target never runs. With `--distributed` it is one training over the devices of all hosts, which see the same folders and of
+which the first writes.
 """
 
 import json
@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxspec import sharding
-from jaxspec.adapters import init_bank, scaled
+from jaxspec.adapters import Whole, init_bank, scaled
 from jaxspec.align import DIVERGENCES, Aligner, AlignState, Batch, aligner, optimiser, schedule
 from jaxspec.config import Experiment, UserError, command_line, plain
 from jaxspec.forced import log_q
@@ -58,6 +58,9 @@ class Course(NamedTuple):
 
 def run(experiment: Experiment) -> None:
     """Writes `out/align`: `bank.safetensors`, `mixed.safetensors`, with a trunk `trunk.safetensors`, and `metrics.jsonl`."""
+    spec = experiment.align
+    if spec.trunk and round(spec.trunk * spec.steps) == spec.steps:
+        raise UserError(f"--align.trunk {spec.trunk} leaves the specialists no step of {spec.steps}; give less than 1")
     if experiment.distributed:
         sharding.start()
     parents = {name: manifest(experiment.out, name)["digest"] for name in ("trace", "partition")}
@@ -72,28 +75,26 @@ def run(experiment: Experiment) -> None:
     vocab_size = read_config(experiment.target).vocab_size
     results: dict[str, dict] = {}
     mesh = _mesh(experiment)
-    if experiment.align.trunk and not experiment.align.full_learning_rates:
-        raise UserError(
-            f"--align.trunk {experiment.align.trunk} is a full fine-tune, for which --align.full-learning-rates has no rate"
-        )
     sharding.check_rows(experiment.align.rows, mesh, "--align.rows")
     for course in _courses(experiment, traces, partition, draft, vocab_size, results):
         results[course.name] = _train(experiment, traces, course, stage.folder, mesh)
-    kept = max((name for name in results if name.startswith("mixed")), key=lambda name: results[name]["agreement"])
+    params = {name: result.pop("params") for name, result in results.items()}
+    best = lambda kind: max((own for own in results if own.startswith(kind)), key=lambda own: results[own]["agreement"])
+    bank, mixed = best("bank"), best("mixed")
     scale = experiment.align.alpha / experiment.align.rank
-    bank = scaled(results["bank"].pop("params"), scale)
-    best = {name: result.pop("params") for name, result in results.items() if name.startswith("mixed")}[kept]
-    mixed = scaled(best, scale) if kept == "mixed_lora" else _only(best)
-    trees = {"bank": bank, "mixed": mixed}
-    if "trunk" in results:
-        trees["trunk"] = _only(results["trunk"].pop("params"))
+    cast = lambda masters: jax.tree.map(lambda own, leaf: own.astype(leaf.dtype), masters, draft.params)
+    trees = {
+        "bank": scaled(params[bank], scale) if bank == "bank_lora" else Whole(cast(params[bank])),
+        "mixed": scaled(params[mixed], scale) if mixed == "mixed_lora" else cast(_only(params[mixed])),
+        **({"trunk": cast(_only(params["trunk"]))} if "trunk" in params else {}),
+    }
     for name, tree in trees.items() if is_writer() else ():
         write_tree(stage.folder / f"{name}.safetensors", tree)
-    finish(stage, mixed=kept, **results)
+    finish(stage, bank=bank, mixed=mixed, **results)
     for name, result in results.items():
         said = f"agreement {result['before']:.3f} -> {result['agreement']:.3f}"
         print(f"align: {name}: {said} on the calibrate split, learning rate {result['learning_rate']:g}")
-    print(f"align: mixed is {kept}")
+    print(f"align: the specialists are {bank}, mixed is {mixed}")
 
 
 def _mesh(experiment: Experiment) -> Mesh:
@@ -145,10 +146,14 @@ def _courses(
         )
         masters = results["trunk"]["params"]
     trunk = jax.tree.map(lambda master, leaf: master[0].astype(leaf.dtype), masters, draft.params)
-    each = jax.tree.map(lambda x: jnp.repeat(x, tasks, axis=0), fresh)
-    yield Course("bank", lora, trunk, each, specialists, held, rest, spec.learning_rates)
-    yield Course("mixed_lora", lora, draft.params, fresh, [everything], held_union, long, spec.learning_rates)
-    if spec.full_learning_rates:
+    each = lambda tree: jax.tree.map(lambda x: jnp.repeat(x, tasks, axis=0), tree)
+    if "lora" in spec.specialists:
+        yield Course("bank_lora", lora, trunk, each(fresh), specialists, held, rest, spec.learning_rates)
+    if "full" in spec.specialists:
+        yield Course("bank_full", full, (), each(masters), specialists, held, rest, spec.full_learning_rates)
+    if "lora" in spec.mixed:
+        yield Course("mixed_lora", lora, draft.params, fresh, [everything], held_union, long, spec.learning_rates)
+    if "full" in spec.mixed:
         yield Course("mixed_full", full, (), masters, [then], held_union, tasks * rest, spec.full_learning_rates)
 
 
@@ -241,22 +246,20 @@ def _whole(tree: Any, mesh: Mesh) -> Any:
 
 def _each(step: Callable, frozen, state: AlignState, batch: Batch, rate):
     """One step of every drafter."""
-    return jax.lax.map(
-        lambda own: step(frozen, own[0], own[1], rate), (state, batch), batch_size=_together(batch, frozen)
-    )
+    one = lambda own: step(frozen, own[0], own[1], rate)
+    return jax.lax.map(one, (state, batch), batch_size=_together(batch, frozen or state.params))
 
 
 def _each_evaluate(evaluate: Callable, frozen, params, batch: Batch):
-    return jax.lax.map(
-        lambda own: evaluate(frozen, own[0], own[1]), (params, batch), batch_size=_together(batch, frozen)
-    )
+    one = lambda own: evaluate(frozen, own[0], own[1])
+    return jax.lax.map(one, (params, batch), batch_size=_together(batch, frozen or params))
 
 
 def _together(batch: Batch, weights: Any) -> int | None:
     """Drafters in one product: on accelerators, which small ones do not fill, as many as have logits of 4 GB, else one."""
-    if jax.default_backend() == "cpu" or not weights:
+    if jax.default_backend() == "cpu":
         return None
-    places, vocab_size = batch.at[0].size, len(weights["embed"]["embedding"])
+    places, vocab_size = batch.at[0].size, weights["embed"]["embedding"].shape[-2]
     return max(1, min(len(batch.tokens), LOGITS // (4 * places * vocab_size)))
 
 

@@ -101,6 +101,7 @@ def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
         "sizes": np.bincount(partition["task"], minlength=tasks).tolist(),
         "include": list(experiment.include),
         "rank": experiment.align.rank,
+        "specialists": align["bank"],
         "mixed": align["mixed"],
         "trunk": "trunk" in align,
         "router_hidden": experiment.router.hidden,

@@ -36,7 +36,7 @@ def run(experiment: Experiment) -> None:
     partition = read_arrays(Path(experiment.out, "partition", "partition.npz"))
     judge = Judge(pool.pair, read_traces(experiment.out), partition, experiment.calibrate.texts)
     said = {}
-    for name, candidates in _mergers(updates(pool.bank)).items():
+    for name, candidates in _mergers(updates(pool.trunk, pool.bank)).items():
         scores = {}
         for scale, make in tqdm(candidates.items(), desc=name, unit="coefficient"):
             weights = added(pool.trunk, make())
@@ -51,7 +51,7 @@ def run(experiment: Experiment) -> None:
     write_json(pool.path / EXTRAS, said)
 
 
-def _mergers(tau: merging.Updates) -> dict[str, dict[float, Callable[[], list]]]:
+def _mergers(tau: merging.Updates) -> dict[str, dict[float, Callable[[], merging.Updates]]]:
     """For each method its candidates, by coefficient."""
     tasks = jax.tree.leaves(tau)[0].shape[0]
     apart = merging.awd(tau)

@@ -1,19 +1,23 @@
 """A smaller language model as the drafter, with one low-rank adapter a row."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxspec.adapters import Adapter, Bank, Stacked, select
+from jaxspec.adapters import Adapter, Bank, Stacked, Whole, select
 from jaxspec.sampling import draw, log_probs
 from jaxspec.transformer import Cache, LMConfig, extend, prefill, unembed
 from jaxspec.types import Draft, Drafter, Prompt
 
 
 class LMDrafterParams(NamedTuple):
-    """Base weights and the LoRA bank; None when the weights are merged already, Stacked when they hold all merged ones."""
+    """Base weights and the bank; None when the weights are merged already, Stacked when they hold all merged ones.
+
+    Of a bank of whole specialists the last are the base's, see `adapters.with_base`.
+    """
 
     weights: dict
     bank: Bank | Stacked | None = None
@@ -38,15 +42,18 @@ def lm_drafter(
 
     def init(params: LMDrafterParams, prompt: Prompt, slots: int) -> LMDrafterState:
         adapter = None if params.bank is None else select(params.bank, prompt.route)
-        _, cache = prefill(config, params.weights, prompt.tokens, prompt.length, slots, dtype, adapter)
+        read = lambda weights, own, *rows: prefill(config, weights, *rows, slots=slots, dtype=dtype, adapter=own)[1]
+        cache = _by_row(read, params, adapter, prompt.tokens, prompt.length)
         return LMDrafterState(cache, prompt.length, adapter)
 
     def propose(params: LMDrafterParams, state: LMDrafterState, tokens, length, noise, sampling):
-        def read(cache, window, start):
-            return extend(config, params.weights, cache, window, start, adapter=state.adapter)
+        def read(*own):
+            one = lambda weights, adapter, *own: extend(config, weights, *own, adapter=adapter)
+            return _by_row(one, params, state.adapter, *own)
 
         def choose(hidden, node):
-            log_q = log_probs(unembed(config, params.weights, hidden, vocab_size), sampling)
+            logits = lambda weights, _, hidden: unembed(config, weights, hidden, vocab_size)
+            log_q = log_probs(_by_row(logits, params, state.adapter, hidden), sampling)
             if sampling is None:
                 return jnp.argmax(log_q, axis=-1).astype(jnp.int32), None
             return jax.vmap(draw)(noise(node), log_q).astype(jnp.int32), log_q
@@ -74,3 +81,12 @@ def lm_drafter(
         return state._replace(length=state.length + verdict.num_emitted)
 
     return Drafter(num_speculative_tokens, init, propose, commit)
+
+
+def _by_row(function: Callable, params: LMDrafterParams, adapter: Adapter | None, *rows: Any) -> Any:
+    """`function(weights, adapter, *rows)`; where rows have whole weights of their own, one row at a time under vmap."""
+    if not isinstance(adapter, Whole):
+        return function(params.weights, adapter, *rows)
+    alone = lambda tree: jax.tree.map(lambda leaf: leaf[None], tree)
+    one = lambda weights, *own: jax.tree.map(lambda leaf: leaf[0], function(weights, None, *alone(own)))
+    return jax.vmap(one)(adapter.weights, *rows)

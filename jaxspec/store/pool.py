@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxspec import router, sharding
-from jaxspec.adapters import Bank, init_bank, merge
+from jaxspec.adapters import Bank, Whole, init_bank, merge
 from jaxspec.config import UserError
 from jaxspec.requests import MAX_DRAFT, checked
 from jaxspec.router import TRUNK, RouterParams
@@ -40,9 +40,9 @@ METHODS = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "wro
 class Pool:
     """Models and drafters in memory.
 
-    trunk: weights that adapters belong on, the base drafter's own unless it was trained on the union first; bank: adapters,
-    one a task; mixed: weights of the control; facts: what the manifest says of tasks, labels, calibration and the log;
-    mesh: where all of it lives, None for the default device.
+    trunk: weights that adapters belong on, the base drafter's own unless it was trained on the union first; bank: adapters or
+    whole weights, one a task; mixed: weights of the control; facts: what the manifest says of tasks, labels, calibration and
+    the log; mesh: where all of it lives, None for the default device.
     """
 
     path: Path
@@ -118,7 +118,7 @@ def find_pool(path: str) -> tuple[Path, dict, str]:
         raise UserError(f"{path!r} holds the stage {manifest.get('stage')!r}, not a pool; give OUT/pool")
     if "acceptance_length" not in manifest["results"]:
         raise UserError(f"{path!r} was made by an earlier version; remove it and run `python -m train.calibrate` again")
-    return folder, {"trunk": False, **manifest["results"]}, manifest["digest"]
+    return folder, {"trunk": False, "specialists": "bank_lora", **manifest["results"]}, manifest["digest"]
 
 
 def draft_length(facts: dict, asked: int | None = None, least: int = 0) -> int:
@@ -193,18 +193,14 @@ def known_pool(
             )
     if pair.fingerprint != facts["tokenizer"]:
         raise UserError(f"the tokenizer in {pair.target.path} is not the one that this pool was made with")
-    tasks = len(facts["tasks"])
-    like = lambda number: jax.eval_shape(
-        lambda: init_bank(pair.draft.params, jax.random.key(0), tasks=number, rank=facts["rank"])
-    )
     whole = lambda tree: tree if mesh is None else sharding.place(tree, sharding.param_specs(tree, "drafter"), mesh)
-    shape = router.abstract(pair.target.config.width, facts["router_hidden"], tasks)
+    shape = router.abstract(pair.target.config.width, facts["router_hidden"], len(facts["tasks"]))
     return Pool(
         folder,
         pair,
         whole(_full(folder / TRUNK_FILE, pair)) if facts["trunk"] else pair.draft.params,
-        whole(read_tree(folder / BANK, like(tasks))),
-        whole(_mixed(folder, facts, pair, like)),
+        whole(_bank(folder, facts, pair)),
+        whole(_mixed(folder, facts, pair)),
         whole(read_tree(folder / ROUTER, shape)),
         facts,
         digest,
@@ -212,10 +208,24 @@ def known_pool(
     )
 
 
-def _mixed(folder: Path, facts: dict, pair: Pair, like) -> dict:
+def _bank(folder: Path, facts: dict, pair: Pair) -> Bank:
+    tasks = len(facts["tasks"])
+    if facts["specialists"] == "bank_lora":
+        return read_tree(folder / BANK, _adapters(facts, pair, tasks))
+    of_each = lambda leaf: jax.ShapeDtypeStruct((tasks, *leaf.shape), leaf.dtype)
+    return _like(read_tree(folder / BANK, Whole(jax.tree.map(of_each, pair.draft.params))), Whole(pair.draft.params))
+
+
+def _mixed(folder: Path, facts: dict, pair: Pair) -> dict:
     if facts["mixed"] == "mixed_lora":
-        return merge(pair.draft.params, read_tree(folder / MIXED, like(1)), 0)
+        return merge(pair.draft.params, read_tree(folder / MIXED, _adapters(facts, pair, 1)), 0)
     return _full(folder / MIXED, pair)
+
+
+def _adapters(facts: dict, pair: Pair, number: int) -> Bank:
+    """Shapes of so many adapters."""
+    fresh = lambda: init_bank(pair.draft.params, jax.random.key(0), tasks=number, rank=facts["rank"])
+    return jax.eval_shape(fresh)
 
 
 def _full(file: Path, pair: Pair) -> dict:
@@ -223,5 +233,5 @@ def _full(file: Path, pair: Pair) -> dict:
     return _like(read_tree(file, abstract(pair.draft.config, jnp.float32)), pair.draft.params)
 
 
-def _like(weights: dict, params: dict) -> dict:
+def _like(weights: Any, params: Any) -> Any:
     return jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), weights, params)
