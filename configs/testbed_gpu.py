@@ -10,16 +10,24 @@ _testbed = runpy.run_path(str(Path(__file__).with_name("testbed.py")))["experime
 
 experiment = dataclasses.replace(
     _testbed,
-    limit=4000,
+    limit=6000,
     dtype="bfloat16",
-    trace=Trace(batch=256, max_prompt_tokens=512, max_new_tokens=96, smallest_bucket=512, use_responses=False),
+    trace=Trace(
+        batch=512,
+        max_prompt_tokens=512,
+        max_new_tokens=96,
+        num_speculative_tokens=2,
+        smallest_bucket=512,
+        use_responses=False,
+    ),
     align=Align(
         rank=64,
         alpha=64.0,
-        steps=2000,
+        steps=1500,
         trunk=0.4,
         rows=16,
-        search_steps=200,
+        search_steps=100,
+        checkpoint_every=400,
         learning_rates=(4e-3, 8e-3),
         full_learning_rates=(2e-3, 4e-3),
         specialists=("lora", "full"),
