@@ -54,11 +54,13 @@ class Method(NamedTuple):
 
     route: pooled features `[R, H]` -> Routes.
     drafter_params: (routes `[B]` of the slots) -> parameters of the drafter.
+    family: route -> which of the engine's families of drafters it belongs to; 0 is the engine's own drafter.
     """
 
     name: str
     route: Callable[[np.ndarray], Routes]
     drafter_params: Callable[[np.ndarray], Any]
+    family: Callable[[int], int] = lambda route: 0
 
 
 def unrouted(features: np.ndarray) -> Routes:
@@ -98,6 +100,7 @@ class _Row:
     index: int
     request: Request
     route: int
+    family: int
     num_speculative_tokens: int
     task: int
     confidence: float
@@ -113,6 +116,7 @@ class Engine:
             other serves rows of all sampling settings.
         shorter: drafters with the drafter's state that draft fewer tokens, by how many. With one slot a row has a program of
             its own length; more slots share the longest.
+        further: other families of drafters, each with a state of its own, by how many tokens they draft; with one slot alone.
         target_params, prefill_params: the target's parameters, as the window wants them and as prompts do.
         slots: B, rows decoded together.
         room: tokens that a slot holds, see `room_of`.
@@ -134,6 +138,7 @@ class Engine:
         vocab_size: int,
         prefill_params=None,
         shorter: Mapping[int, Drafter] = MappingProxyType({}),
+        further: Sequence[Mapping[int, Drafter]] = (),
         admit_rows: int = 1,
         smallest: int = 32,
         recorder: Recorder = NOTHING,
@@ -144,9 +149,10 @@ class Engine:
                 f"the drafter drafts {drafter.num_nodes} tokens a round, the slots have room for {MAX_DRAFT}"
             )
         own = {"stop_tokens": stop_tokens, "recorder": recorder, "placement": placement}
-        self.programs = programs(target, drafter, rule, **own)
-        of_length = {k: programs(target, other, rule, **own) for k, other in shorter.items()} if slots == 1 else {}
-        self.lengths = {**of_length, drafter.num_nodes: self.programs}
+        families = [{**(shorter if slots == 1 else {}), drafter.num_nodes: drafter}, *(further if slots == 1 else ())]
+        self.families = [{k: programs(target, one, rule, **own) for k, one in family.items()} for family in families]
+        self.programs = self.families[0][drafter.num_nodes]
+        self.lengths = sorted({k for family in self.families for k in family})
         self._place = placement.rows
         self.slots, self.room, self.vocab_size, self.smallest = slots, room, vocab_size, smallest
         self.admit_rows, self.sampled = min(admit_rows, slots), rule is not greedy
@@ -155,8 +161,9 @@ class Engine:
         self._target_params = target_params
         self._prefill_params = target_params if prefill_params is None else prefill_params
         shape = {"slots": slots, "room": room, "sampled": self.sampled, "recorder": recorder, "placement": placement}
-        self._empty = jax.jit(empty_slots(target, drafter, rule, **shape))
-        self._states: dict[Any, Slots] = {}
+        longest = [family[max(family)] for family in families]
+        self._empty = [jax.jit(empty_slots(target, one, rule, **shape)) for one in longest]
+        self._states: dict[Any, Slots] = {}  # of each family and structure of parameters, between calls
 
     def complete(self, requests: Sequence[Request], method: Method) -> list[Completion]:
         """Completions in the order of the requests; `self.seconds` tells what they took."""
@@ -178,16 +185,16 @@ class Engine:
             ended: (index, new ids) -> how many of them to keep when the text ends there, for stop strings; else None.
         """
         self.seconds = Seconds()
-        kind = jax.tree.structure(method.drafter_params(np.full(self.slots, -1)))
         waiting = _Queue(requests, self)
         rows: dict[int, _Row] = {}
-        state = self._states.pop(kind, None)
+        kind, state = None, None
         while waiting or rows:
-            if state is None:
-                state = self._empty(self._params(method, rows))
             while waiting and len(rows) < self.slots:
                 group = waiting.take(min(self.admit_rows, self.slots - len(rows)))
-                state = self._admit(state, method, rows, group)
+                if state is not None and not rows:  # the next may be of another family
+                    self._states[kind] = state
+                    state = None
+                kind, state = self._admit(state, method, rows, group)
             with self._clock("decode"):
                 floor = len(rows) - min(self.admit_rows, len(waiting)) if waiting else 0
                 limits = np.int32(floor), np.int32(rounds)
@@ -198,9 +205,9 @@ class Engine:
             self._states[kind] = state
 
     def _chunk(self, rows: dict[int, _Row], *arguments) -> Slots:
-        k = max(row.num_speculative_tokens for row in rows.values())
-        width = f"{self.slots} x {self.lengths[k].num_nodes + 1} tokens"
-        return self._call("chunk", width, *arguments, programs=self.lengths[k])
+        row = max(rows.values(), key=lambda row: row.num_speculative_tokens)
+        own = self.families[row.family][row.num_speculative_tokens]
+        return self._call("chunk", f"{self.slots} x {own.num_nodes + 1} tokens", *arguments, programs=own)
 
     def _params(self, method: Method, rows: dict[int, _Row]) -> SpecParams:
         routes = np.full(self.slots, next((row.route for row in rows.values()), -1))
@@ -209,8 +216,9 @@ class Engine:
         return SpecParams(self._target_params, method.drafter_params(routes))
 
     def _admit(
-        self, state: Slots, method: Method, rows: dict[int, _Row], group: Sequence[tuple[int, Request]]
-    ) -> Slots:
+        self, state: Slots | None, method: Method, rows: dict[int, _Row], group: Sequence[tuple[int, Request]]
+    ) -> tuple[Any, Slots]:
+        """Reads prompts, chooses who drafts for them and gives them slots, of a state of its kind if there is none yet."""
         requests = [request for _, request in group]
         bucket = bucket_of(max(len(r.ids) for r in requests), self.smallest)
         with self._clock("prefill"):
@@ -222,27 +230,34 @@ class Engine:
             )
             features = np.asarray(features)
         with self._clock("route"):
-            found = method.route(features)
-            routes = [int(own) if r.route is None else r.route for r, own in zip(requests, found.route, strict=False)]
-            lengths = self._lengths(requests, found)
+            new = self._routed(method, group, features)
         with self._clock("decode"):
             empty = [slot for slot in range(self.slots) if slot not in rows][: len(requests)]
-            for i, (slot, (index, request)) in enumerate(zip(empty, group, strict=True)):
-                own = int(found.task[i]), float(found.confidence[i]), features[i]
-                rows[slot] = _Row(index, request, routes[i], lengths[i], *own)
+            rows.update(zip(empty, new, strict=True))
+            family, params = new[0].family, self._params(method, rows)
+            kind = family, jax.tree.structure(params.drafter)
+            state = self._states.pop(kind, None) if state is None else state
+            state = self._empty[family](params) if state is None else state
             where = np.array([*empty, *[self.slots] * (self.admit_rows - len(empty))], np.int32)
-            prompt = as_prompt(requests, self.admit_rows, bucket, routes)
+            prompt = as_prompt(requests, self.admit_rows, bucket, [row.route for row in new])
             sampling = as_sampling(requests, self.admit_rows, self.vocab_size) if self.sampled else None
             own = state, self._place(prompt), target_state, self._place(sampling), where
-            return self._call("admit", _grid(tokens), self._params(method, rows), *own)
+            admit = self.families[family][max(self.families[family])]
+            return kind, self._call("admit", _grid(tokens), params, *own, programs=admit)
 
-    def _lengths(self, requests: Sequence[Request], found: Routes) -> list[int]:
-        """Each row's draft length: its own wish, else the router's, else the longest; one of those that there are."""
-        longest = self.programs.num_nodes
-        said = [longest] * len(requests) if found.num_speculative_tokens is None else found.num_speculative_tokens
-        wanted = [r.num_speculative_tokens for r in requests]
-        wanted = [int(k) if own is None else own for own, k in zip(wanted, said, strict=False)]
-        return [min((k for k in self.lengths if k >= own), default=longest) for own in wanted]
+    def _routed(self, method: Method, group: Sequence[tuple[int, Request]], features: np.ndarray) -> list[_Row]:
+        """The requests' rows. Their draft length is their own wish, else the router's, else the longest."""
+        found, rows = method.route(features), []
+        said = found.num_speculative_tokens
+        for i, (index, request) in enumerate(group):
+            route = int(found.route[i]) if request.route is None else request.route
+            lengths = self.families[method.family(route)]
+            wanted = request.num_speculative_tokens
+            wanted = wanted if wanted is not None else max(lengths) if said is None else int(said[i])
+            k = min((k for k in lengths if k >= wanted), default=max(lengths))
+            own = int(found.task[i]), float(found.confidence[i]), features[i]
+            rows.append(_Row(index, request, route, method.family(route), k, *own))
+        return rows
 
     def _read(self, state: Slots, rows: dict[int, _Row], streaming: bool, ended) -> tuple[Slots, list[Update]]:
         """Updates of the rows; finished ones are taken out of `rows`, and those that `ended` ends are halted."""
@@ -274,6 +289,7 @@ class Engine:
         if not finished:
             return {}
         history, record = jax.device_get((state.history, state.record))
+        most = max(one.num_nodes for family in self.families for one in family.values())
         out = {}
         for slot, (end, reason) in finished.items():
             row = rows.pop(slot)
@@ -282,7 +298,7 @@ class Engine:
             out[slot] = Completion(
                 ids=tokens[slot, begin:end].tolist(),
                 finish_reason=reason,
-                counts=counts(*own, begin, end, self.programs.num_nodes),
+                counts=counts(*own, begin, end, most),
                 route=row.route,
                 num_speculative_tokens=row.num_speculative_tokens,
                 task=row.task,
@@ -296,8 +312,8 @@ class Engine:
         """Compiles all that prompts of these buckets need; after it nothing compiles."""
         for bucket, k in itertools.product(buckets, self.lengths):
             self.complete([Request(ids=(0,) * bucket, max_new_tokens=1, num_speculative_tokens=k)], method)
-        kind = jax.tree.structure(method.drafter_params(np.full(self.slots, -1)))
-        self._states[kind] = self._call("halt", "", self._states[kind], np.zeros(self.slots, bool))
+        for kind, state in self._states.items():
+            self._states[kind] = self._call("halt", "", state, np.zeros(self.slots, bool))
 
     def _call(self, name: str, shape: str, *arguments, programs: Programs | None = None):
         """Calls a program, and takes down what it compiles."""

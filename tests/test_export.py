@@ -41,7 +41,7 @@ def table() -> dict[str, tuple]:
         sampling = as_sampling(requests, fleet.ROWS, fleet.TARGET.vocab_size) if case.sampled else None
         read = params.target, prompt.tokens, prompt.length
         state, _ = jax.eval_shape(own.programs.prefill, *read)
-        slots = jax.eval_shape(own._empty, params)
+        slots = jax.eval_shape(own._empty[0], params)
         number = jax.ShapeDtypeStruct((), np.int32)
         arguments = {
             "prefill": read,

@@ -80,7 +80,7 @@ def test_the_state_is_what_an_engine_holds(logprobs):
     recorder = recording.logprobs(room) if logprobs else recording.NOTHING
     case = fleet.CASES["sampled"]
     own = fleet.engine(case, room=room, recorder=recorder)
-    state = jax.eval_shape(own._empty, fleet.weights(case.adapters))
+    state = jax.eval_shape(own._empty[0], fleet.weights(case.adapters))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     load = dataclasses.replace(LOAD, logprobs=logprobs)
     assert held == sum(size for (kind, _), size in sizes(load, 1, 1).items() if kind == "state")

@@ -76,7 +76,7 @@ def test_an_engine_keeps_its_states_layout_and_compiles_once(caplog):
     """From the first on: an empty state is made where it will be, in the bytes that the plan counts."""
     case, mesh = fleet.CASES["banked"], mesh_of(4, 2)
     own = fleet.engine(case, mesh)
-    empty = own._empty(sharding.over(mesh).params(fleet.weights(case.adapters)))
+    empty = own._empty[0](sharding.over(mesh).params(fleet.weights(case.adapters)))
     fleet.answer(case, own, mesh)
     (state,) = own._states.values()
     jax.tree.map(lambda one, other: one.sharding.is_equivalent_to(other.sharding, one.ndim) or 1 / 0, empty, state)
