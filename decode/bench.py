@@ -415,7 +415,7 @@ def _print_router(whose: str, router: dict | None) -> None:
             f"{whose}router: accuracy {_said(router['accuracy'], '.3f')}, {router['milliseconds']:.2f} ms a prompt "
             f"({100 * router['share_of_time_to_first_token']:.1f} % of the time to the first token), "
             f"fallback {router['fallback_rate']:.3f}, regret against the oracle {_said(router['regret'], '.3f')}, "
-            f"against the best of each task {router['regret_to_best']:.3f}"
+            f"against the best of each task {_said(router['regret_to_best'], '.3f')}"
         )
 
 

@@ -178,7 +178,7 @@ def router_figures(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass], equa
         "share_of_time_to_first_token": statistics.median(shares),
         "fallback_rate": float(np.mean(route == TRUNK)),
         "regret": _regret(asks, passes, ["oracle"]) if "oracle" in passes[0] else None,
-        "regret_to_best": _regret(asks, passes, equals),
+        "regret_to_best": _regret(asks, passes, equals) if len(equals) > 1 else None,
         "confusion": {"tasks": tasks, "drafters": [*_names(pool), pool.names[-1]], "counts": counts},
     }
 

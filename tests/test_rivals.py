@@ -23,6 +23,7 @@ from jaxspec.store.prompts import Line
 from jaxspec.store.trees import write_tree
 
 TURN = 1  # places by which the turned pool's tasks are moved
+KNOWN = "sailing"
 
 
 def change(folder: Path, make) -> Path:
@@ -55,21 +56,27 @@ def turned(pool, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def perfect(pool, loaded, tmp_path_factory) -> Path:
-    """A pool whose base drafter is the target: whoever drafts, every token is right. It drafts another number of them."""
+def perfect(turned, loaded, tmp_path_factory) -> Path:
+    """A turned pool whose base drafter is the target, with adapters that spoil it but for one task's; it drafts another number.
+
+    So every token is right of whoever drafts without adapters or with that one, which its router always picks.
+    """
     folder = tmp_path_factory.mktemp("perfect") / "pool"
-    shutil.copytree(pool, folder)
-    params = loaded.pair.target.params
-    write_tree(folder / BANK, init_bank(params, jax.random.key(0), tasks=3, rank=loaded.facts["rank"]))
+    shutil.copytree(turned, folder)
+    params, own = loaded.pair.target.params, json.loads((folder / "manifest.json").read_text())["results"]
+    knows = np.array([label == KNOWN for label in own["labels"]])
+    spoil = lambda b: np.ones_like(b) * ~knows[:, None, None]
+    bank = init_bank(params, jax.random.key(0), tasks=3, rank=own["rank"])
+    write_tree(folder / BANK, [{name: (a, spoil(b)) for name, (a, b) in layer.items()} for layer in bank])
     write_tree(folder / MIXED, params)
+    always = lambda leaf: np.float32(10.0 * knows) if leaf.ndim == 1 else np.zeros_like(leaf)
+    router = load_file(folder / ROUTER)
+    save_file({name: always(leaf) if "outer" in name else leaf for name, leaf in router.items()}, folder / ROUTER)
+    accepted = {name: 3 * [[1.0, 2.0, 3.0]] for name in own["tasks"]}  # none is served by the base
+    accepted |= {name: 3 * [[1.0, 1.0, 1.0]] for name in ("mixed", "base")}
     best = lambda k: {"tokens_per_second": float(k == other_length(loaded)), "round_milliseconds": 1.0}
-
-    def facts(own: dict) -> dict:
-        lengths = {name: rows for name, rows in own["acceptance_length"].items() if name != "trunk"}
-        known = {"acceptance_length": lengths, "calibration": {k: best(k) for k in (1, 2)}}
-        return {"draft": own["target"], "trunk": False, "mixed": "mixed_full", **known}
-
-    return change(folder, facts)
+    known = {"acceptance_length": accepted, "calibration": {k: best(k) for k in (1, 2)}}
+    return change(folder, lambda own: {"draft": own["target"], "trunk": False, "mixed": "mixed_full", **known})
 
 
 def other_length(pool) -> int:
@@ -84,7 +91,7 @@ def measured(pool, world, turned, perfect, tmp_path_factory) -> dict:
         prompts=str(world.prompts),
         json=str(out),
         limit=2,
-        methods=("base", "routed", "oracle", "turned/oracle", "perfect/mixed"),
+        methods=("base", "routed", "oracle", "turned/oracle", "perfect/mixed", "perfect/oracle"),
         rivals=(f"turned={turned}", f"perfect={perfect},{world.target}"),
         passes=1,
         max_new_tokens=8,
@@ -97,7 +104,8 @@ def measured(pool, world, turned, perfect, tmp_path_factory) -> dict:
 
 def test_every_pool_emits_what_autoregressive_decoding_emits(measured):
     assert list(measured["mean"]) == [
-        *("autoregressive", "base", "routed", "oracle", "turned", "turned/oracle", "perfect", "perfect/mixed")
+        *("autoregressive", "base", "routed", "oracle", "turned", "turned/oracle"),
+        *("perfect", "perfect/mixed", "perfect/oracle"),
     ]
     for rows in measured["tasks"].values():
         assert {row["equal_to_autoregressive"] for row in rows.values()} == {1.0}
@@ -122,7 +130,10 @@ def test_a_rival_that_knows_the_answer_loses_nothing_at_its_own_draft_length(mea
     for name in ("perfect", "perfect/mixed"):
         assert measured["mean"][name]["draft_accuracy"] == 1.0
         assert measured["mean"][name]["acceptance_by_position"] == [1.0] * k
+    for task, rows in measured["tasks"].items():
+        assert (rows["perfect/oracle"]["draft_accuracy"] == 1.0) == (task == KNOWN)
     assert measured["mean"]["routed"]["draft_accuracy"] < 1.0
+    assert measured["rivals"]["perfect"]["router"]["accuracy"] == pytest.approx(1 / 3)
 
 
 def test_the_json_says_what_each_pool_is(measured, loaded, experiment):
@@ -132,7 +143,7 @@ def test_the_json_says_what_each_pool_is(measured, loaded, experiment):
     assert measured["training"] == {"steps": 4, "trunk": 0.5, "divergence": experiment.align.divergence}
     assert {name: own["drafter_parameters"] for name, own in measured["rivals"].items()} == sizes
     regrets = {name: own["router"]["regret"] for name, own in measured["rivals"].items()}
-    assert regrets["perfect"] is None and regrets["turned"] is not None  # perfect/oracle was not asked for
+    assert all(regret is not None for regret in regrets.values())
 
 
 def test_weights_of_the_target_are_there_once(loaded, turned, perfect, world):
@@ -208,4 +219,4 @@ def test_regret_is_against_the_oracle_and_against_the_best_of_each_task(loaded):
     assert figures["regret"] == pytest.approx(1 - (1 / 2 + 5 / 4) / 2)
     assert figures["regret_to_best"] == pytest.approx(1 - (1 / 2 + 1 / 4) / 2)
     alone = router_figures(loaded, asks, [{"routed": passes[0]["routed"]}], ["routed"])
-    assert (alone["regret"], alone["regret_to_best"]) == (None, 0.0)
+    assert (alone["regret"], alone["regret_to_best"]) == (None, None)
