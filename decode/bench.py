@@ -21,14 +21,16 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from decode import rivals
 from decode.figures import Ask, Result, choices, cluster_figures, figures, router_figures
+from decode.rivals import Contender
 from jaxspec import serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.engine import Engine, Method
 from jaxspec.requests import Request, bucket_of, room_of
 from jaxspec.router import TRUNK
 from jaxspec.store.models import encode
-from jaxspec.store.pool import METHODS, TEST, Pool, draft_length, draft_lengths, extra_file, load_pool
+from jaxspec.store.pool import TEST, Pool, draft_length, draft_lengths, load_pool
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import write_json
 
@@ -53,7 +55,11 @@ class Bench:
     """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram: `routed` drafts with the drafter of
     the prompt's task, `chosen` with the drafter and, one prompt at a time, the draft length that promise the most, `ngram`
     with what followed in the text before; merged-average, merged-awd, merged-doge, once `train.extras` has made them; and
-    what `train.adopt` has added."""
+    what `train.adopt` has added; NAME/METHOD is a rival's method."""
+    rivals: tuple[str, ...] = ()
+    """Further pools of the same target, each NAME=POOL, or NAME=POOL,DRAFT where its base drafter has another place than its
+    manifest says: a row NAME measures a rival's routed drafters at its own draft length, in the type and on the mesh of
+    the bench's pool, whose `base` is that of every row's speedup."""
     batch: int = 1
     """Slots: prompts decoded together; a finished one's slot is filled again."""
     admit_rows: int = 1
@@ -65,7 +71,7 @@ class Bench:
     max_new_tokens: int = 96
     """Longest completion, in tokens."""
     num_speculative_tokens: int | None = None
-    """Tokens drafted a round; None is what calibration chose."""
+    """Tokens drafted a round; None is what calibration chose, for each pool its own."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     acceptance: Literal["rejection", "gumbel"] = "rejection"
@@ -94,31 +100,27 @@ def run(config: Bench) -> None:
     mesh = sharding.asked(config.mesh)
     sharding.check_rows(config.batch, mesh, "--batch")
     pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype, mesh=mesh)
-    asks = _asks(config, pool)
+    contenders = _contenders(config, pool)
+    asks = contenders[0].asks
     batches = list(_batches(asks, config))
-    k = draft_length(pool.facts, config.num_speculative_tokens, least=1)
     rule = config.acceptance if config.temperature > 0 else "greedy"
     shape = _shape(config, asks)
-    lengths = draft_lengths(pool.facts, config.num_speculative_tokens, config.batch)
-    work = Work(config, asks, batches, _methods(config, pool, asks, lengths))
+    of_all = lambda make: {own.row(name): one for own in contenders for name, one in make(own).items()}
+    work = Work(config, asks, batches, of_all(lambda own: _methods(config, own)))
     width, autoregressive = _fastest(work, pool, shape, rule)
-    special = {
-        "autoregressive": autoregressive,
-        "chosen": serving.speculative(pool, max(lengths), rule, shorter=lengths, **shape),
-        "ngram": serving.looking_up(pool, k, rule, **shape),
-    }
-    spec = serving.speculative(pool, k, rule, **shape)
-    engines = {name: special.get(name, spec) for name in work.methods}
+    engines = of_all(lambda own: _engines(config, own, rule, shape)) | {"autoregressive": autoregressive}
     work.warm_up(engines)
     passes = work.passes(engines)
     parity = {} if rule == "rejection" else work.parity(engines)
     narrow = work.texts(serving.autoregressive(pool, 1, rule, **shape)) if parity and width != 1 else None
     bench = {
-        **_conditions(config, pool, width, k),
+        **_conditions(config, pool, width),
         **figures(pool, asks, passes, parity, narrow),
-        "router": router_figures(pool, asks, passes),
-        "choices": choices(pool, asks, passes),
+        **_of_routing(contenders[0], passes, engines),
         "clusters": cluster_figures(pool),
+        "rivals": {
+            own.name: {**_of_pool(config, own.pool), **_of_routing(own, passes, engines)} for own in contenders[1:]
+        },
     }
     _print(bench)
     if config.json:
@@ -126,10 +128,14 @@ def run(config: Bench) -> None:
 
 
 class Chosen(NamedTuple):
-    """A way of choosing drafters: the method, and for `random`, `wrong` and `oracle` each prompt's route."""
+    """A way of choosing drafters.
+
+    routes: each prompt's, for `random`, `wrong` and `oracle`; reach: the routes that some prompt may take.
+    """
 
     method: Method
     routes: np.ndarray | None = None
+    reach: Sequence[int] = ()
 
 
 class Work(NamedTuple):
@@ -142,7 +148,7 @@ class Work(NamedTuple):
 
     def decode(self, engine: Engine, name: str, rows: list[int], **changes) -> Result:
         """One batch by one method."""
-        method, routes = self.methods[name]
+        method, routes, _ = self.methods[name]
         of = lambda i: {} if routes is None else {"route": int(routes[i])}
         requests = [dataclasses.replace(self.asks[i].request, **of(i), **changes) for i in rows]
         return Result(rows, engine.complete(requests, method), engine.seconds)
@@ -153,10 +159,13 @@ class Work(NamedTuple):
         for _, rows in tqdm(self.batches, desc="warm-up", leave=False):
             for i, name in itertools.product(rows, self.methods):
                 bucket = bucket_of(len(self.asks[i].request.ids), self.config.smallest_bucket)
-                kind = name, bucket, self.asks[i].cluster if self.config.batch == 1 else None
+                kind = name, bucket
                 for k in engines[name].lengths if kind not in seen else ():
                     self.decode(engines[name], name, [i], max_new_tokens=2, num_speculative_tokens=k)
                 seen.add(kind)
+        for chosen in self.methods.values() if self.config.batch == 1 else ():
+            for route in chosen.reach:
+                chosen.method.drafter_params(np.array([route]))
 
     def passes(self, engines: dict[str, Engine]) -> list[dict[str, list[Result]]]:
         """All methods on all batches, so many times; methods take turns on each batch."""
@@ -192,19 +201,33 @@ class Work(NamedTuple):
 
 
 def _check(config: Bench) -> None:
-    for name in config.methods:
-        if name not in METHODS and not extra_file(Path(config.pool), name).exists():
-            raise UserError(
-                f"--methods {name}: no such method; choose among {', '.join(METHODS)} and what `train.adopt` has added"
-            )
+    rivals.measured(config.methods, rivals.parse(config.rivals, config.pool), config.pool)
     if config.json and not Path(config.json).absolute().parent.is_dir():
         raise UserError(f"--json {config.json}: its folder does not exist; make it first")
 
 
-def _asks(config: Bench, pool: Pool) -> list[Ask]:
+def _contenders(config: Bench, pool: Pool) -> list[Contender]:
+    """The bench's own pool, then its rivals."""
+    named = rivals.parse(config.rivals, config.pool)
+    others = rivals.load(named, pool)
+    asks = _asks(config, pool, min(own.pair.longest for own in (pool, *others.values())))
+    seen_by = lambda own: [_seen_by(own, ask) for ask in asks]
+    methods = rivals.measured(config.methods, named, config.pool)
+    rows = [Contender(name, own, methods[name], seen_by(own)) for name, own in others.items()]
+    return [Contender("", pool, methods[""], asks), *rows]
+
+
+def _seen_by(rival: Pool, ask: Ask) -> Ask:
+    """The prompt with its cluster in a rival, whose clusters are not those that the lines of a test split name."""
+    settings = {key: value for key, value in ask.line.settings.items() if key != "cluster"}
+    line = dataclasses.replace(ask.line, settings=settings)
+    return ask._replace(line=line, cluster=_cluster(rival, line))
+
+
+def _asks(config: Bench, pool: Pool, longest: int) -> list[Ask]:
     source = config.prompts or str(pool.path / TEST)
     include = config.include or (tuple(pool.facts["include"]) if config.prompts and Path(source).is_dir() else ())
-    room = pool.pair.longest - config.max_new_tokens
+    room = longest - config.max_new_tokens
     taken: dict[str, int] = defaultdict(int)
     asks, too_long = [], 0
     for number, line in enumerate(read_prompts(source, include=include)):
@@ -256,7 +279,10 @@ def _shape(config: Bench, asks: Sequence[Ask]) -> dict:
     return {"slots": config.batch, "room": room, "admit_rows": config.admit_rows, "smallest": config.smallest_bucket}
 
 
-def _methods(config: Bench, pool: Pool, asks: Sequence[Ask], lengths: Sequence[int]) -> dict[str, Chosen]:
+def _methods(config: Bench, contender: Contender) -> dict[str, Chosen]:
+    """A pool's ways of choosing drafters, by their own names."""
+    pool, asks = contender.pool, contender.asks
+    lengths = draft_lengths(pool.facts, config.num_speculative_tokens, config.batch)
     tasks = len(pool.tasks)
     rng = np.random.default_rng(config.seed)
     random = rng.integers(tasks, size=len(asks))
@@ -270,14 +296,27 @@ def _methods(config: Bench, pool: Pool, asks: Sequence[Ask], lengths: Sequence[i
         "chosen": lambda: serving.chosen(pool, config.batch, lengths),
     }
     made = {}
-    for name in dict.fromkeys(("autoregressive", *config.methods)):
+    for name in contender.methods:
         if name in by_router:
-            made[name] = Chosen(by_router[name]())
+            made[name] = Chosen(by_router[name](), reach=range(TRUNK, len(pool.names)))
         elif name in beforehand:
-            made[name] = Chosen(given, beforehand[name])
+            made[name] = Chosen(given, beforehand[name], np.unique(beforehand[name]).tolist())
         else:
             made[name] = Chosen(serving.always(pool, name, config.batch))
     return made
+
+
+def _engines(config: Bench, contender: Contender, rule: str, shape: dict) -> dict[str, Engine]:
+    """A pool's methods' programs, at its own draft length, by the methods' own names."""
+    pool = contender.pool
+    k = draft_length(pool.facts, config.num_speculative_tokens, least=1)
+    lengths = draft_lengths(pool.facts, config.num_speculative_tokens, config.batch)
+    special = {
+        "chosen": serving.speculative(pool, max(lengths), rule, shorter=lengths, **shape),
+        "ngram": serving.looking_up(pool, k, rule, **shape),
+    }
+    spec = serving.speculative(pool, k, rule, **shape)
+    return {name: special.get(name, spec) for name in contender.methods}
 
 
 def _fastest(work: Work, pool: Pool, shape: dict, rule: str) -> tuple[int, Engine]:
@@ -297,21 +336,41 @@ def _fastest(work: Work, pool: Pool, shape: dict, rule: str) -> tuple[int, Engin
     return best, engines[best]
 
 
-def _conditions(config: Bench, pool: Pool, width: int, k: int) -> dict:
+def _conditions(config: Bench, pool: Pool, width: int) -> dict:
     return {
         "schema": 1,
         "device": jax.devices()[0].device_kind,
         "dtype": config.dtype or pool.facts["dtype"],
         "batch": config.batch,
-        "num_speculative_tokens": k,
         "temperature": config.temperature,
         "acceptance": config.acceptance if config.temperature > 0 else "greedy",
         "commit": _commit(),
-        "pool": str(config.pool),
+        **_of_pool(config, pool),
         "autoregressive_width": width,
         "max_new_tokens": config.max_new_tokens,
         "passes": config.passes,
         "versions": {"jax": jax.__version__},
+    }
+
+
+def _of_pool(config: Bench, pool: Pool) -> dict:
+    """What a pool's figures depend on; `training` is None for a pool of an earlier version."""
+    return {
+        "pool": str(pool.path),
+        "num_speculative_tokens": draft_length(pool.facts, config.num_speculative_tokens, least=1),
+        "drafter_parameters": sum(leaf.size for leaf in jax.tree.leaves(pool.pair.draft.params)),
+        "num_tasks": len(pool.tasks),
+        "training": pool.facts["training"],
+    }
+
+
+def _of_routing(contender: Contender, passes: Sequence[dict], engines: dict[str, Engine]) -> dict:
+    """Figures of a pool's router and choices; its methods that share a program have the same cost of drafting."""
+    own, results = contender.own(engines), [contender.own(one) for one in passes]
+    equals = [name for name, engine in own.items() if engine is own.get("routed")]
+    return {
+        "router": router_figures(contender.pool, contender.asks, results, equals),
+        "choices": choices(contender.pool, contender.asks, results),
     }
 
 
@@ -330,12 +389,11 @@ def _print(bench: dict) -> None:
     said = f"{bench['device']}, {bench['dtype']}, batch {bench['batch']}, K = {bench['num_speculative_tokens']}"
     print(f"{said}, temperature {bench['temperature']}, autoregressive {bench['autoregressive_width']} wide")
     names = list(bench["mean"])
-    cell = lambda value, form: format(value, form) if value is not None else "-"
     print("| task | " + " | ".join(f"{name} acc / x AR" for name in names[1:]) + " |")
     print("|---|" + "---|" * len(names[1:]))
     for task, row in [*bench["tasks"].items(), ("**mean**", bench["mean"])]:
         cells = [
-            f"{cell(row[name]['draft_accuracy'], '.3f')} / {cell(row[name]['speedup_vs_autoregressive'], '.2f')}"
+            f"{_said(row[name]['draft_accuracy'], '.3f')} / {_said(row[name]['speedup_vs_autoregressive'], '.2f')}"
             for name in names[1:]
         ]
         print(f"| {task} | " + " | ".join(cells) + " |")
@@ -347,13 +405,22 @@ def _print(bench: dict) -> None:
         widest = max((own["gap"] for own in parted if own["gap"] is not None), default=None)
         gap = f", the widest at logits {widest:.1f} steps of bfloat16 apart" if widest is not None else ""
         print(f"through a program one token wide {len(parted)} texts part{gap}")
-    if bench["router"]:
-        router = bench["router"]
+    for name, own in [("", bench), *((f"{name}'s ", own) for name, own in bench["rivals"].items())]:
+        _print_router(name, own["router"])
+
+
+def _print_router(whose: str, router: dict | None) -> None:
+    if router:
         print(
-            f"router: accuracy {cell(router['accuracy'], '.3f')}, {router['milliseconds']:.2f} ms a prompt "
+            f"{whose}router: accuracy {_said(router['accuracy'], '.3f')}, {router['milliseconds']:.2f} ms a prompt "
             f"({100 * router['share_of_time_to_first_token']:.1f} % of the time to the first token), "
-            f"fallback {router['fallback_rate']:.3f}, regret against the oracle {cell(router['regret'], '.3f')}"
+            f"fallback {router['fallback_rate']:.3f}, regret against the oracle {_said(router['regret'], '.3f')}, "
+            f"against the best of each task {_said(router['regret_to_best'], '.3f')}"
         )
+
+
+def _said(value: float | None, form: str) -> str:
+    return format(value, form) if value is not None else "-"
 
 
 if __name__ == "__main__":

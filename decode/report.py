@@ -1,15 +1,16 @@
-"""Turns one benchmark into a page that needs nothing else, and the same plots as PNG files beside it.
+"""Turns a benchmark into a page that needs nothing else, and the same plots as PNG files beside it.
 
 python -m decode.report --bench bench.json --out report/
+
+More files add a section in which their pools are compared; the rest of the page is about the first.
 """
 
 import base64
 import html
-import io
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from decode import comparison
+from decode.comparison import Compared
+from decode.drawing import COLOURS, EDGE, INK, MARKERS, MUTED, STYLE, Bench, cell, legend, png, short
 from jaxspec.config import UserError, command_line
 
-Bench = dict[str, Any]
 Plots = dict[str, bytes | None]
 
-# Okabe and Ito's colours stay apart for the common kinds of colour blindness; a method has one colour in all plots.
-COLOURS = {"autoregressive": "#777777", "base": "#E69F00", "mixed": "#56B4E9", "routed": "#0072B2"}
-COLOURS |= {"chosen": "#CC79A7", "random": "#F0E442", "wrong": "#D55E00", "oracle": "#009E73"}
-# Paul Tol's muted colours serve clusters, labels and methods that have none above.
-MUTED = ("#332288", "#CC6677", "#117733", "#AA4499", "#DDCC77", "#88CCEE", "#882255", "#44AA99", "#999933")
-MARKERS = "osD^vP*X<>p"  # eleven beside nine colours: a pair of both comes back only after 99
 DASH = "—"
-INK = "#333333"
-STYLE = {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
-STYLE |= {"grid.color": "#E4E4E4", "legend.frameon": False, "savefig.dpi": 150}
 # Field -> (heading, decimals). None keeps six digits: one differing text in ten thousand must not round to none.
 MEASURES = {
     "draft_accuracy": ("Draft accuracy", 3),
@@ -52,6 +46,7 @@ MEASURES = {
 }
 # What a part must hold as lists, if it is there.
 NEEDED = {"confusion": ("tasks", "drafters", "counts"), "clusters": ("points", "cluster", "names")}
+COMPARED = "pools_compared"
 CONDITIONS = {"device": "", "dtype": "", "batch": "batch ", "num_speculative_tokens": "K = "}
 CONDITIONS |= {"temperature": "temperature ", "commit": "commit "}
 SETTINGS = {"pool": "pool ", "autoregressive_width": "autoregressive baseline of width "}
@@ -70,24 +65,28 @@ text-align: right } th:first-child { text-align: left } summary { cursor: pointe
 class ReportConfig:
     """Draws a benchmark: report.html with everything inside it, and the plots beside it."""
 
-    bench: Path
-    """The bench.json that decode.bench wrote."""
+    bench: tuple[Path, ...]
+    """The bench.json that decode.bench wrote; the pools of further ones are compared with its."""
     out: Path
     """Folder for report.html and the plots; made if missing, an older report in it is replaced."""
 
 
 def run(config: ReportConfig) -> None:
     """Writes the plots, then the page; raises `UserError` for a bench or a folder that will not do."""
-    bench = load(config.bench)
-    plots = draw(bench)
+    if not config.bench:
+        raise UserError("--bench is empty; give at least one file that decode.bench wrote")
+    benches = {str(path): load(path) for path in config.bench}
+    bench, compared = benches[str(config.bench[0])], comparison.pools(benches)
+    plots = draw(bench, compared)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
+        (config.out / f"{COMPARED}.png").unlink(missing_ok=True)  # of an older report, in which pools were compared
         for name, picture in plots.items():
             file = config.out / f"{name}.png"
             file.unlink(missing_ok=True)
             if picture:
                 file.write_bytes(picture)
-        (config.out / "report.html").write_text(page(bench, plots), encoding="utf-8")
+        (config.out / "report.html").write_text(page(bench, plots, compared), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {config.out} cannot be written ({error.strerror}); name another folder") from error
 
@@ -109,6 +108,9 @@ def load(path: Path) -> Bench:
 
 def _check_parts(path: Path, bench: Bench) -> None:
     """Raises `UserError` where a part that is there lacks a key, or its lists do not belong together."""
+    rivals = bench.get("rivals") or {}
+    if not (isinstance(rivals, dict) and all(isinstance(said, dict) for said in rivals.values())):
+        raise UserError(f"--bench {path}: rivals does not say what each pool is; run decode.bench again")
     for name, keys in NEEDED.items():
         part = bench.get(name) if name == "clusters" else (bench.get("router") or {}).get(name)
         lacking = [key for key in keys if part and not (isinstance(part, dict) and isinstance(part.get(key), list))]
@@ -134,7 +136,7 @@ def _are_points(clusters: Bench) -> bool:
     return there and len(labels) in (0, number) and all(np.shape(point) == (2,) for point in clusters["points"])
 
 
-def draw(bench: Bench) -> Plots:
+def draw(bench: Bench, compared: Sequence[Compared] = ()) -> Plots:
     """Every plot by name, as the bytes of a PNG; None where the bench has nothing to draw."""
     router = bench.get("router") or {}
     with matplotlib.style.context(["default", STYLE]):
@@ -145,10 +147,12 @@ def draw(bench: Bench) -> Plots:
             "router_confusion": _confusion(router.get("confusion")),
             "clusters": _clusters(bench.get("clusters")),
         }
-        return {name: figure and _png(figure) for name, figure in figures.items()}
+        if len(compared) > 1:
+            figures[COMPARED] = comparison.draw(compared)
+        return {name: figure and png(figure) for name, figure in figures.items()}
 
 
-def page(bench: Bench, plots: Plots) -> str:
+def page(bench: Bench, plots: Plots, compared: Sequence[Compared] = ()) -> str:
     """The report as one HTML document that refers to nothing outside itself."""
     accuracy, over_autoregressive, over_base, *others = (_table(bench, field) for field in MEASURES)
     gain = "Wall clock, prefill and routing included; the dashed line is no gain."
@@ -162,10 +166,11 @@ def page(bench: Bench, plots: Plots) -> str:
         _section(bench, plots, "acceptance_by_position", "Acceptance by position", share),
         _section(bench, plots, "router_confusion", "Router", counts) + _router(bench.get("router")),
         _section(bench, plots, "clusters", "Clusters", points),
+        _pools(plots, compared),
         f"<h2>Other measures</h2><details><summary>Show the tables</summary>{''.join(others)}</details>",
     ]
     head = f'<meta charset="utf-8"><title>Speculative decoding report</title><style>{CSS}</style>'
-    body = "\n".join(parts)
+    body = "\n".join(filter(None, parts))
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
 
 
@@ -182,7 +187,7 @@ def _bars(bench: Bench, fields: list[str]) -> Figure | None:
         _grouped_bars(axis, bench, methods, field)
         axis.set(ylabel=MEASURES[field][0], xlim=(-0.6, len(groups) - 0.4))
         _name_columns(axis, groups)
-    _legend(figure, axes[0].containers, methods, loc="outside upper center")
+    legend(figure, axes[0].containers, methods, loc="outside upper center")
     return figure
 
 
@@ -190,7 +195,7 @@ def _grouped_bars(axis: Axes, bench: Bench, methods: list[str], field: str) -> N
     rows, width, colours = [row for _, row in _groups(bench)], 0.84 / len(methods), _colours(bench)
     for i, method in enumerate(methods):
         left = np.arange(len(rows)) - 0.42 + i * width
-        heights = np.array([_cell(row, method, field) for row in rows], float)
+        heights = np.array([cell(row, method, field) for row in rows], float)
         axis.bar(left, heights, width, align="edge", color=colours[method], edgecolor=INK, linewidth=0.4)
     axis.grid(axis="y")
     if field.startswith("speedup"):
@@ -200,28 +205,27 @@ def _grouped_bars(axis: Axes, bench: Bench, methods: list[str], field: str) -> N
 def _positions(bench: Bench) -> Figure | None:
     field = "acceptance_by_position"
     methods = _methods(bench, field)
-    groups = [(name, row) for name, row in _groups(bench) if any(_cell(row, m, field) for m in methods)]
+    groups = [(name, row) for name, row in _groups(bench) if any(cell(row, m, field) for m in methods)]
     if not groups:
         return None
     across, down = min(3, len(groups)), math.ceil(len(groups) / 3)
     figure = Figure(figsize=(max(7.0, 3.6 * across), 1.0 + 2.6 * down), layout="constrained")
     panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
     for panel, (name, row) in zip(panels, groups, strict=False):
-        _curves(panel, {method: _cell(row, method, field) or [] for method in methods}, _colours(bench))
-        panel.set_title(_short(name), fontsize=10)
+        _curves(panel, {method: cell(row, method, field) or [] for method in methods}, _colours(bench))
+        panel.set_title(short(name), fontsize=10)
     for panel in panels[len(groups) :]:
         panel.set_axis_off()
     figure.supxlabel("position in the block", fontsize=10)
     figure.supylabel("share accepted", fontsize=10)
-    _legend(figure, panels[0].lines, methods, loc="outside upper center")
+    legend(figure, panels[0].lines, methods, loc="outside upper center")
     return figure
 
 
 def _curves(panel: Axes, shares: dict[str, list[float]], colours: dict[str, str]) -> None:
-    edge = {"markersize": 5, "markeredgecolor": INK, "markeredgewidth": 0.4}
     for method, marker in zip(shares, itertools.cycle(MARKERS), strict=False):
         heights = np.array(shares[method], float)
-        panel.plot(np.arange(1, len(heights) + 1), heights, color=colours[method], marker=marker, **edge)
+        panel.plot(np.arange(1, len(heights) + 1), heights, color=colours[method], marker=marker, **EDGE)
     longest = max(map(len, shares.values()))
     panel.set(xlim=(0.7, longest + 0.3), ylim=(-0.03, 1.03))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -241,7 +245,7 @@ def _confusion(confusion: Bench | None) -> Figure | None:
         axis.text(j, i, str(counts[i, j]), ha="center", va="center", color="white" if share > 0.5 else "black")
     axis.set(xlabel="drafter chosen", ylabel="task of the prompt")
     _name_columns(axis, confusion["drafters"])
-    axis.set_yticks(range(down), [_short(name) for name in confusion["tasks"]])
+    axis.set_yticks(range(down), [short(name) for name in confusion["tasks"]])
     figure.colorbar(image, label="share of the task's prompts")
     return figure
 
@@ -265,11 +269,11 @@ def _scatter(axis: Axes, points: np.ndarray, labels: list[str], names: list[str]
     for name, colour, marker in zip(names, itertools.cycle(MUTED), itertools.cycle(MARKERS), strict=False):
         chosen = points[np.array(labels) == name]
         axis.scatter(*chosen.T, s=20, color=colour, marker=marker, linewidths=0.3, edgecolors=INK)
-    _legend(axis, axis.collections, names, loc="upper center", bbox_to_anchor=(0.5, -0.01), fontsize=9)
+    legend(axis, axis.collections, names, loc="upper center", bbox_to_anchor=(0.5, -0.01), fontsize=9)
 
 
 def _name_columns(axis: Axes, names: list[str]) -> None:
-    labels = [_short(name) for name in names]
+    labels = [short(name) for name in names]
     axis.set_xticks(range(len(labels)), labels)
     room = axis.get_window_extent().width / len(labels)
     if 8.6 * max(map(len, labels)) > room:  # a letter takes about that many pixels
@@ -277,31 +281,39 @@ def _name_columns(axis: Axes, names: list[str]) -> None:
             label.set(rotation=30, ha="right", rotation_mode="anchor")
 
 
-def _legend(place: Figure | Axes, handles: Iterable[Any], names: list[str], **where: Any) -> None:
-    for columns in range(min(8, len(names)), 0, -1):
-        legend = place.legend(list(handles), [_short(name) for name in names], ncols=columns, **where)
-        if columns == 1 or legend.get_window_extent().width <= place.get_window_extent().width:
-            return
-        legend.remove()
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 22 else name[:21] + "…"
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
 def _section(bench: Bench, plots: Plots, name: str, title: str, reading: str) -> str:
+    return _pictured(_facts(bench, CONDITIONS), plots, name, title, reading)
+
+
+def _pictured(conditions: str, plots: Plots, name: str, title: str, reading: str) -> str:
     picture = plots[name]
     if not picture:
         return f"<h2>{title}</h2><p>This bench holds nothing to draw in {name}.png, so that plot is left out.</p>"
     image = f'<img alt="{title}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-    caption = f"<figcaption>{_facts(bench, CONDITIONS)}</figcaption>"
+    caption = f"<figcaption>{conditions}</figcaption>"
     return f"<h2>{title}</h2><p>{reading}</p><figure>{caption}{image}</figure>"
+
+
+def _pools(plots: Plots, compared: Sequence[Compared]) -> str:
+    """The section that compares pools, where there are several."""
+    if len(compared) < 2:
+        return ""
+    reading = (
+        "Means over tasks; a number is a pool of the table. Tokens per second compare pools that one process has "
+        "measured, speedups those of several."
+    )
+    several = {field: " / ".join({str(one.settings.get(field)): "" for one in compared}) for field in CONDITIONS}
+    facts = _facts({field: said for field, said in several.items() if said != "None"}, CONDITIONS)
+    head, rows = comparison.table(compared)
+    said = [[name, *(_setting(value) for value in values)] for name, *values in rows]
+    return _pictured(facts, plots, COMPARED, "Pools compared", reading) + _html_table("Pools compared", head, said)
+
+
+def _setting(value: Any) -> str:
+    """A setting's or figure's text, whose kind the column does not tell."""
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else _number(value, 3)
 
 
 def _facts(bench: Bench, labels: dict[str, str]) -> str:
@@ -312,7 +324,7 @@ def _facts(bench: Bench, labels: dict[str, str]) -> str:
 def _table(bench: Bench, field: str) -> str:
     heading, decimals = MEASURES[field]
     methods = _methods(bench)
-    groups = [[name, *(_number(_cell(row, m, field), decimals) for m in methods)] for name, row in _groups(bench)]
+    groups = [[name, *(_number(cell(row, m, field), decimals) for m in methods)] for name, row in _groups(bench)]
     return _html_table(heading, ["task", *methods], groups)
 
 
@@ -320,6 +332,7 @@ def _router(router: Bench | None) -> str:
     if not router:
         return ""
     fields = ["accuracy", "milliseconds", "share_of_time_to_first_token", "fallback_rate"]
+    fields += [field for field in ("regret", "regret_to_best") if field in router]
     rows = [[field.replace("_", " "), _number(router.get(field), 4)] for field in fields]
     return _html_table("Router", ["measure", "value"], rows)
 
@@ -348,7 +361,7 @@ def _groups(bench: Bench) -> list[tuple[str, Bench]]:
 def _methods(bench: Bench, field: str | None = None) -> list[str]:
     """The methods with a number for `field` in any group, in the order of `COLOURS`, unknown ones last."""
     rows = [row for _, row in _groups(bench)]
-    seen = dict.fromkeys(m for row in rows for m in row if field is None or _cell(row, m, field) is not None)
+    seen = dict.fromkeys(m for row in rows for m in row if field is None or cell(row, m, field) is not None)
     order = list(COLOURS)
     return sorted(seen, key=lambda method: order.index(method) if method in order else len(order))
 
@@ -356,12 +369,6 @@ def _methods(bench: Bench, field: str | None = None) -> list[str]:
 def _colours(bench: Bench) -> dict[str, str]:
     spare = itertools.cycle(MUTED)
     return {method: COLOURS.get(method) or next(spare) for method in _methods(bench)}
-
-
-def _cell(row: Bench, method: str, field: str) -> Any:
-    """A number or list as the bench has it; None where it is missing, null or holds nothing finite."""
-    value = (row.get(method) or {}).get(field)
-    return value if np.isfinite(np.array(value, float)).any() else None
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from jaxspec.drafters import lm_drafter, ngram_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.sharding import over
+from jaxspec.store.huggingface import Model
 from jaxspec.store.pool import Pool, expected_seconds
 from jaxspec.target import lm_target
 from jaxspec.transformer import NARROW, LMConfig, abstract, lay_out
@@ -165,8 +166,8 @@ def _in_blocks(weights: dict, slots: int) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _target_in_blocks(pool: Pool) -> dict:
-    return lay_out(pool.pair.target.params)
+def _target_in_blocks(target: Model) -> dict:
+    return lay_out(target.params)
 
 
 def _engine(pool: Pool, drafter: Drafter, rule: str, **shape: Any) -> Engine:
@@ -174,7 +175,7 @@ def _engine(pool: Pool, drafter: Drafter, rule: str, **shape: Any) -> Engine:
     target = lm_target(pair.target.config, _dtype(pool))
     known = {"stop_tokens": pair.stop_tokens, "vocab_size": pair.vocab_size, "prefill_params": pair.target.params}
     plain = pair.target.params
-    params = _target_in_blocks(pool) if _in_blocks(plain, shape["slots"]) else plain
+    params = _target_in_blocks(pair.target) if _in_blocks(plain, shape["slots"]) else plain
     return Engine(target, drafter, verify.RULES[rule], params, placement=over(pool.mesh), **known, **shape)
 
 

@@ -37,7 +37,8 @@ WORDS = {
 }
 LINES = 20
 # Files that take longest, and the first does not need the pool that the second makes: workers end together.
-FIRST = ("decoding", "jobs", "bench", "engine", "huggingface", "sharding", "bad_input", "gumbel", "recording", "hosts")
+FIRST = ("decoding", "jobs", "bench", "engine", "huggingface", "rivals", "sharding", "bad_input", "gumbel", "recording")
+FIRST += ("hosts",)
 TARGET = LMConfig(
     vocab_size=400, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, max_positions=160,
     tied=True,

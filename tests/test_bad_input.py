@@ -553,6 +553,9 @@ def test_a_damaged_pool_is_named(refused, out_with, file):
         (["--num-speculative-tokens", "0"], ["num_speculative_tokens 0", "between 1 and 16"]),
         (["--json", "nowhere/bench.json"], ["nowhere/bench.json", "make it first"]),
         (["--widths", "1", "0"], ["--widths 0", "from 1"]),
+        (["--rivals", "mixed=p"], ["--rivals mixed=p", "'mixed' already", "give another"]),
+        (["--rivals", "a=p", "--methods", "b/mixed"], ["--methods b/mixed", "NAME/METHOD"]),
+        (["--rivals", "a=nowhere"], ["--rivals a", "'nowhere' is not a pool"]),
     ],
 )
 def test_a_bench_that_cannot_begin(refused, pool, argv, parts):

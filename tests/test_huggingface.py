@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from operator import attrgetter
 from pathlib import Path
 
 import jax
@@ -52,6 +53,7 @@ CASES = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True, **QWEN_MIX}),
     "qwen3": ("qwen3", {"tie_word_embeddings": True, "head_dim": 12, "attention_bias": True, **QWEN_MIX}),
 }
+CONFIG_AND_PARAMS = attrgetter("config", "params")  # of a model
 TOKENS = np.random.default_rng(0).integers(0, V, (2, T))
 # Rows advance by themselves: the second is read again from where it was rewound to.
 STARTS = np.array([[0, 0], [8, 5], [16, 13]])
@@ -115,14 +117,14 @@ def assert_same_logits(ours, theirs):
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_transformers(saved, name):
     folder, expected = saved(name)
-    config, params, *_ = read_model(str(folder))
+    config, params = CONFIG_AND_PARAMS(read_model(str(folder)))
     assert_same_logits(whole(config, params, TOKENS), expected)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_windows_behind_a_cache_equal_transformers(saved, name):
     folder, expected = saved(name)
-    config, params, *_ = read_model(str(folder))
+    config, params = CONFIG_AND_PARAMS(read_model(str(folder)))
     cache = empty_cache(config, 2, slots=T + 3)
     for start in STARTS:
         at = start[:, None] + np.arange(WINDOW)
@@ -143,7 +145,7 @@ def windows(config, params, tokens):
 @pytest.mark.parametrize("name", CASES)
 def test_weights_laid_out_are_the_same_model(saved, name):
     """V is no multiple of a block; the whole texts are more rows than blocks are used for."""
-    config, params, *_ = read_model(str(saved(name)[0]))
+    config, params = CONFIG_AND_PARAMS(read_model(str(saved(name)[0])))
     placed = lay_out(params)
     assert TOKENS.size > NARROW
     assert_same_logits(whole(config, placed, TOKENS), whole(config, params, TOKENS))
@@ -152,7 +154,7 @@ def test_weights_laid_out_are_the_same_model(saved, name):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_blocks_give_the_product_at_every_number_of_rows(saved, tied):
-    config, params, *_ = read_model(str(saved("qwen2" if tied else "llama2")[0]))
+    config, params = CONFIG_AND_PARAMS(read_model(str(saved("qwen2" if tied else "llama2")[0])))
     assert config.tied == tied
     placed = lay_out(params)
     hidden = np.random.default_rng(1).normal(size=(NARROW + 2, H)).astype(np.float32)
@@ -207,7 +209,7 @@ def test_bfloat16_checkpoints_are_read_exactly(tmp_path, dtype):
             weight.view(-1)[:2] = torch.tensor([1e30, -1e-30])  # no other type of 16 bits holds these
     model.save_pretrained(tmp_path)
     written = {name: weight.float().numpy() for name, weight in model.state_dict().items()}
-    config, params, *_ = read_model(str(tmp_path), dtype)
+    config, params = CONFIG_AND_PARAMS(read_model(str(tmp_path), dtype))
     for name, leaf, transpose in named_tensors(config, params):
         assert leaf.dtype == dtype
         np.testing.assert_array_equal(leaf.astype(jnp.float32), written[name].T if transpose else written[name])

@@ -91,7 +91,7 @@ class Page(html.parser.HTMLParser):
 
 def write_report(tmp_path, bench):
     (tmp_path / "bench.json").write_text(json.dumps(bench))
-    report.run(report.ReportConfig(bench=tmp_path / "bench.json", out=tmp_path / "out"))
+    report.run(report.ReportConfig(bench=(tmp_path / "bench.json",), out=tmp_path / "out"))
     return tmp_path / "out"
 
 
@@ -102,7 +102,7 @@ def read_page(bench):
 def draw_figures(bench, monkeypatch):
     """The figures before they become pixels, laid out."""
     figures = []
-    monkeypatch.setattr(report, "_png", lambda figure: figures.append(figure) or figure.draw_without_rendering())
+    monkeypatch.setattr(report, "png", lambda figure: figures.append(figure) or figure.draw_without_rendering())
     report.draw(bench)
     return figures
 

@@ -15,7 +15,7 @@ from jaxspec.adapters import merge
 from jaxspec.config import UserError, command_line
 from jaxspec.store.huggingface import digest
 from jaxspec.store.peft import base_of, read_adapter
-from jaxspec.store.pool import METHODS, Pool, extra_file, load_pool
+from jaxspec.store.pool import METHODS, NAME, Pool, extra_file, load_pool
 from jaxspec.store.trees import write_tree
 
 
@@ -39,7 +39,7 @@ class Adopt:
 
 def run(config: Adopt) -> None:
     """Writes the drafter's weights into the pool's folder."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", config.name):
+    if not re.fullmatch(NAME, config.name):
         raise UserError(f"--name {config.name!r} will not do; give small letters, digits and dashes")
     pool = load_pool(config.pool, target=config.target, draft=config.draft)
     file = extra_file(pool.path, config.name)

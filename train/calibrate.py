@@ -89,7 +89,7 @@ def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
     """What the pool's manifest says; all of it is needed to decode with the pool elsewhere."""
     pair = read_pair(experiment.target, experiment.draft, experiment.dtype, sharding.asked(experiment.mesh))
     tasks = len(partition["centroids"])
-    align = manifest(experiment.out, "align")["results"]
+    align = manifest(experiment.out, "align")
     model = lambda own: {"path": str(Path(own.path).resolve()), "digest": own.digest}
     return {
         "target": model(pair.target),
@@ -101,9 +101,10 @@ def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
         "sizes": np.bincount(partition["task"], minlength=tasks).tolist(),
         "include": list(experiment.include),
         "rank": experiment.align.rank,
-        "specialists": align["bank"],
-        "mixed": align["mixed"],
-        "trunk": "trunk" in align,
+        "specialists": align["results"]["bank"],
+        "mixed": align["results"]["mixed"],
+        "trunk": "trunk" in align["results"],
+        "training": {name: align["config"]["align"][name] for name in ("steps", "trunk", "divergence")},
         "router_hidden": experiment.router.hidden,
         "fallback_below": experiment.router.fallback_below,
         "max_new_tokens": experiment.trace.max_new_tokens,

@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 BLOCK = 1 << 20
 
 
-class Model(NamedTuple):
-    """A model as read: `params` are plain dicts of arrays, `stop_tokens` end a completion."""
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model as read, equal to itself alone: `params` are plain dicts of arrays, `stop_tokens` end a completion."""
 
     config: LMConfig
     params: dict

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jinja2 import TemplateError
@@ -55,6 +56,13 @@ def read_pair(target: str, draft: str, dtype: str, mesh: Mesh | None = None) -> 
     kind = jnp.dtype(dtype)
     models = _read(target, kind, mesh, "target"), _read(draft, kind, mesh, "drafter")
     return Pair(*models, tokenizer, fingerprint(tokenizer))
+
+
+def with_draft(pair: Pair, draft: str, mesh: Mesh | None = None) -> Pair:
+    """The pair's target, whose weights are not read again, with another base drafter of its tokenizer and type."""
+    check_same_tokenizer(pair.tokenizer, read_tokenizer(draft), pair.target.path, draft)
+    kind = jax.tree.leaves(pair.target.params)[0].dtype
+    return pair._replace(draft=_read(draft, kind, mesh, "drafter"))
 
 
 def _read(path: str, dtype, mesh: Mesh | None, part: str) -> Model:

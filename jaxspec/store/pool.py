@@ -15,7 +15,8 @@ from jaxspec.adapters import Bank, Whole, init_bank, merge
 from jaxspec.config import UserError
 from jaxspec.requests import MAX_DRAFT, checked
 from jaxspec.router import TRUNK, RouterParams
-from jaxspec.store.models import Pair, read_pair
+from jaxspec.store.huggingface import Model
+from jaxspec.store.models import Pair, read_pair, with_draft
 from jaxspec.store.stages import MANIFEST, read_json
 from jaxspec.store.trees import read_tree
 from jaxspec.transformer import abstract
@@ -34,6 +35,8 @@ BANK, MIXED, TRUNK_FILE, ROUTER, TEST, POINTS, EXTRAS = (
 MERGED = ("merged-average", "merged-awd", "merged-doge")
 METHODS = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "wrong", "oracle", "ngram", *MERGED)
 """What `decode.bench` can measure of any pool; no drafter that is added may have such a name."""
+NAME = "[a-z0-9][a-z0-9-]*"
+"""How a drafter or a pool may be named on the command line."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +121,8 @@ def find_pool(path: str) -> tuple[Path, dict, str]:
         raise UserError(f"{path!r} holds the stage {manifest.get('stage')!r}, not a pool; give OUT/pool")
     if "acceptance_length" not in manifest["results"]:
         raise UserError(f"{path!r} was made by an earlier version; remove it and run `python -m train.calibrate` again")
-    return folder, {"trunk": False, "specialists": "bank_lora", **manifest["results"]}, manifest["digest"]
+    before = {"trunk": False, "specialists": "bank_lora", "training": None}  # what pools of earlier versions do not say
+    return folder, {**before, **manifest["results"]}, manifest["digest"]
 
 
 def draft_length(facts: dict, asked: int | None = None, least: int = 0) -> int:
@@ -185,14 +189,51 @@ def known_pool(
     """Loads a pool whose facts are known already."""
     paths = {"target": target or facts["target"]["path"], "draft": draft or facts["draft"]["path"]}
     pair = read_pair(paths["target"], paths["draft"], dtype or facts["dtype"], mesh)
-    for name, model in (("target", pair.target), ("draft", pair.draft)):
-        if model.digest != facts[name]["digest"]:
-            raise UserError(
-                f"{model.path} is not the {name} of this pool: its digest is {model.digest}, the pool was made with "
-                f"{facts[name]['digest']}; give the right folder with --{name}"
-            )
+    _check_model("target", pair.target, facts, "--target")
+    _check_model("draft", pair.draft, facts, "--draft")
     if pair.fingerprint != facts["tokenizer"]:
         raise UserError(f"the tokenizer in {pair.target.path} is not the one that this pool was made with")
+    return _with_pair(folder, facts, digest, pair, mesh)
+
+
+def load_beside(path: str, other: Pool, draft: str = "") -> Pool:
+    """Loads a pool of the other's target, whose weights both share, and those of the base drafter where it is the same.
+
+    Type and mesh are the other's.
+
+    Args:
+        draft: another place of the pool's base drafter; its digest must agree.
+
+    Raises:
+        UserError: a pool of another target or tokenizer, or what `load_pool` raises.
+    """
+    folder, facts, digest = find_pool(path)
+    made_with = {"target": facts["target"]["digest"], "tokenizer": facts["tokenizer"]}
+    known = {"target": other.pair.target.digest, "tokenizer": other.pair.fingerprint}
+    for name, found in made_with.items():
+        if found != known[name]:
+            raise UserError(
+                f"{path} was made with another {name} than {other.path}: its digest is {found}, not {known[name]}; "
+                f"only pools of one {name} can be measured together"
+            )
+    shared, place = not draft and facts["draft"]["digest"] == other.pair.draft.digest, draft or facts["draft"]["path"]
+    if not (shared or Path(place).is_dir()):
+        raise UserError(f"{place}, the base drafter of {path}, is not there; name its folder as {path},FOLDER")
+    pair = other.pair if shared else with_draft(other.pair, place, other.mesh)
+    _check_model("draft", pair.draft, facts, f"{path},FOLDER")
+    return _with_pair(folder, facts, digest, pair, other.mesh)
+
+
+def _check_model(name: str, model: Model, facts: dict, remedy: str) -> None:
+    if model.digest != facts[name]["digest"]:
+        raise UserError(
+            f"{model.path} is not the {name} of this pool: its digest is {model.digest}, the pool was made with "
+            f"{facts[name]['digest']}; give the right folder with {remedy}"
+        )
+
+
+def _with_pair(folder: Path, facts: dict, digest: str, pair: Pair, mesh: Mesh | None) -> Pool:
+    """The pool of models that are read already."""
     whole = lambda tree: tree if mesh is None else sharding.place(tree, sharding.param_specs(tree, "drafter"), mesh)
     shape = router.abstract(pair.target.config.width, facts["router_hidden"], len(facts["tasks"]))
     return Pool(
