@@ -29,8 +29,9 @@ from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.engine import Engine, Method
 from jaxspec.requests import Request, bucket_of, room_of
 from jaxspec.router import TRUNK
+from jaxspec.store.families import options
 from jaxspec.store.models import encode
-from jaxspec.store.pool import TEST, Pool, draft_length, draft_lengths, load_pool
+from jaxspec.store.pool import TEST, Pool, draft_length, load_pool
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import write_json
 
@@ -282,7 +283,7 @@ def _shape(config: Bench, asks: Sequence[Ask]) -> dict:
 def _methods(config: Bench, contender: Contender) -> dict[str, Chosen]:
     """A pool's ways of choosing drafters, by their own names."""
     pool, asks = contender.pool, contender.asks
-    lengths = draft_lengths(pool.facts, config.num_speculative_tokens, config.batch)
+    among = options(pool.facts, config.num_speculative_tokens, config.batch)
     tasks = len(pool.tasks)
     rng = np.random.default_rng(config.seed)
     random = rng.integers(tasks, size=len(asks))
@@ -293,12 +294,13 @@ def _methods(config: Bench, contender: Contender) -> dict[str, Chosen]:
     given = serving.given(pool, config.batch)
     by_router = {
         "routed": lambda: serving.routed(pool, config.batch),
-        "chosen": lambda: serving.chosen(pool, config.batch, lengths),
+        "chosen": lambda: serving.chosen(pool, config.batch, among),
     }
     made = {}
     for name in contender.methods:
         if name in by_router:
-            made[name] = Chosen(by_router[name](), reach=range(TRUNK, len(pool.names)))
+            reach = range(TRUNK, len(pool.names if name == "routed" else among.names))
+            made[name] = Chosen(by_router[name](), reach=[r for r in reach if r < 0 or among.family[r] >= 0])
         elif name in beforehand:
             made[name] = Chosen(given, beforehand[name], np.unique(beforehand[name]).tolist())
         else:
@@ -310,9 +312,9 @@ def _engines(config: Bench, contender: Contender, rule: str, shape: dict) -> dic
     """A pool's methods' programs, at its own draft length, by the methods' own names."""
     pool = contender.pool
     k = draft_length(pool.facts, config.num_speculative_tokens, least=1)
-    lengths = draft_lengths(pool.facts, config.num_speculative_tokens, config.batch)
+    among = options(pool.facts, config.num_speculative_tokens, config.batch)
     special = {
-        "chosen": serving.speculative(pool, max(lengths), rule, shorter=lengths, **shape),
+        "chosen": serving.choosing(pool, among.families, rule, **shape),
         "ngram": serving.looking_up(pool, k, rule, **shape),
     }
     spec = serving.speculative(pool, k, rule, **shape)

@@ -28,6 +28,7 @@ from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.engine import Engine
 from jaxspec.plan import GIB, Load, device_memory, fit, table
 from jaxspec.requests import MAX_DRAFT, SETTINGS, Request, bucket_of, checked
+from jaxspec.store.families import options
 from jaxspec.store.huggingface import read_config, read_tokenizer
 from jaxspec.store.models import encode
 from jaxspec.store.parts import alone, merge, own_rows, part_file, same_job, unfinished
@@ -284,7 +285,7 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
     )
     named = any(isinstance(ask, Ask) and ask.request.route is not None for ask in job.asks)
     # Of one length the choice is the same for any batch, as the records must be.
-    method = serving.chosen(pool, config.batch, (length,), bank=named)
+    method = serving.chosen(pool, config.batch, options(pool.facts, length, config.batch), bank=named)
     asks = [ask for i in todo if isinstance(ask := job.asks[i], Ask)]
     for piece in serve(pool, engine, method, asks, rounds=ROUNDS):
         yield (todo[piece.index], piece.completion) if piece.completion else None

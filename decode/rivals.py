@@ -1,23 +1,15 @@
 """The pools of a bench: its own, and rivals of the same target that are measured beside it under a name of their own."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from decode.figures import Ask
 from jaxspec.config import UserError
-from jaxspec.store.pool import METHODS, NAME, Pool, extra_file, load_beside
+from jaxspec.store.families import Place, place
+from jaxspec.store.pool import METHODS, Pool, extra_file, load_beside
 
 Row = TypeVar("Row")
-
-
-class Rival(NamedTuple):
-    """What `NAME=POOL` or `NAME=POOL,DRAFT` says: a name, a pool's folder, another place of its base drafter or none."""
-
-    name: str
-    pool: str
-    draft: str
 
 
 class Contender(NamedTuple):
@@ -43,24 +35,18 @@ class Contender(NamedTuple):
         return {method: rows[self.row(method)] for method in self.methods}
 
 
-def parse(said: Sequence[str], pool: str) -> list[Rival]:
+def parse(said: Sequence[str], pool: str) -> list[Place]:
     """The rivals that `--rivals` names; UserError for a form that will not do, or a name that bench has already."""
-    rivals: dict[str, Rival] = {}
+    rivals: dict[str, Place] = {}
     for each in said:
-        name, _, places = each.partition("=")
-        folder, _, draft = places.partition(",")
-        if not (folder and re.fullmatch(NAME, name)):
-            raise UserError(
-                f"--rivals {each!r} will not do; give NAME=POOL or NAME=POOL,DRAFT, "
-                "the name in small letters, digits and dashes"
-            )
-        if name in METHODS or name in rivals or extra_file(Path(pool), name).exists():
-            raise UserError(f"--rivals {each}: bench or the pool has the name {name!r} already; give another")
-        rivals[name] = Rival(name, folder, draft)
+        own = place("--rivals", each)
+        if own.name in METHODS or own.name in rivals or extra_file(Path(pool), own.name).exists():
+            raise UserError(f"--rivals {each}: bench or the pool has the name {own.name!r} already; give another")
+        rivals[own.name] = own
     return list(rivals.values())
 
 
-def measured(methods: Sequence[str], rivals: Sequence[Rival], pool: str) -> dict[str, tuple[str, ...]]:
+def measured(methods: Sequence[str], rivals: Sequence[Place], pool: str) -> dict[str, tuple[str, ...]]:
     """Which methods of each pool are measured, by its name; UserError for one that it does not have."""
     folders = {rival.name: rival.pool for rival in rivals}
     found = {"": ["autoregressive"], **{name: ["routed"] for name in folders}}
@@ -79,12 +65,12 @@ def measured(methods: Sequence[str], rivals: Sequence[Rival], pool: str) -> dict
     return {name: tuple(dict.fromkeys(own)) for name, own in found.items()}
 
 
-def load(rivals: Sequence[Rival], pool: Pool) -> dict[str, Pool]:
+def load(rivals: Sequence[Place], pool: Pool) -> dict[str, Pool]:
     """The rivals' pools by name; they share the weights of the target."""
     return {rival.name: _load(rival, pool) for rival in rivals}
 
 
-def _load(rival: Rival, pool: Pool) -> Pool:
+def _load(rival: Place, pool: Pool) -> Pool:
     try:
         return load_beside(rival.pool, pool, rival.draft)
     except UserError as error:

@@ -135,6 +135,9 @@ class Calibrate:
     """Longest completion while measuring."""
     texts: int = 48
     """Calibrate texts of each task on which every drafter's acceptance is read off."""
+    further: tuple[str, ...] = ()
+    """Further families of drafters to choose among, one prompt at a time: `ngram`, and pools of the same target, whose drafters
+    may have any size, as NAME=POOL or NAME=POOL,DRAFT."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,9 @@ Under greedy decoding a drafter sees nothing but the target's own tokens, so one
 that any draft length would have had there, exactly; the target does not run.
 """
 
+import copy
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jaxspec.requests import MAX_DRAFT, bucket_of
 from jaxspec.store.models import Pair
 from jaxspec.store.traces import Traces
 from jaxspec.transformer import LMConfig, forward, unembed
+from jaxspec.types import Drafter
 
 ROWS = 8  # packed rows in a pass
 
@@ -69,15 +71,42 @@ def agreements(
     return [found[i] for i in examples]
 
 
-def chain(agrees: np.ndarray, num_speculative_tokens: int) -> Rounds:
-    """Greedy rounds of one text, of whose places `agrees [O]` says where the drafter's best token is the target's.
+def lookups(drafter: Drafter, traces: Traces, examples: Sequence[int]) -> list[np.ndarray]:
+    """For each example, at each output place `[O]`, how many tokens a drafter without weights would have had accepted there."""
+    slots = bucket_of(max(map(len, traces.tokens)) + drafter.num_nodes)
+    room = max(len(traces.tokens[i]) - int(traces.prompt_length[i]) for i in examples) if examples else 0
+
+    @jax.jit
+    def right(tokens: Array, begin: Array) -> Array:
+        length = begin + jnp.arange(room)
+        draft, _ = drafter.propose((), (), jnp.broadcast_to(tokens, (room, slots)), length, None, None)
+        said = tokens[jnp.minimum(length[:, None] + jnp.arange(drafter.num_nodes), slots - 1)]
+        counts = jnp.arange(drafter.num_nodes) < draft.num_drafted[:, None]
+        return jnp.cumprod(counts & (draft.tokens == said), axis=1).sum(1)
+
+    found = []
+    for i in examples:
+        text, begin = traces.tokens[i], int(traces.prompt_length[i])
+        left = np.arange(len(text) - begin, 0, -1)  # what lies behind the text is no token
+        run = np.asarray(right(np.pad(text, (0, slots - len(text))), begin))
+        found.append(np.minimum(run[: len(left)], left))
+    return found
+
+
+def agreeing(agrees: np.ndarray) -> np.ndarray:
+    """How many places from each on agree in a row: `[O]` of booleans -> `[O]`."""
+    run = np.zeros(len(agrees) + 1, np.int64)
+    for place in reversed(range(len(agrees))):
+        run[place] = run[place + 1] + 1 if agrees[place] else 0
+    return run[:-1]
+
+
+def chain(run: np.ndarray, num_speculative_tokens: int) -> Rounds:
+    """Greedy rounds of one text, of whose places `run [O]` says how many drafted tokens would be accepted from there on.
 
     Every round, the first of them after the prompt, drafts so many tokens and emits those accepted and one more.
     """
-    end = len(agrees)
-    run = np.zeros(end + 1, np.int64)  # agreeing places from here on
-    for place in reversed(range(end)):
-        run[place] = run[place + 1] + 1 if agrees[place] else 0
+    end = len(run)
     at, rounds, drafted, accepted = 0, 0, 0, 0
     while at < end:
         kept = min(int(run[at]), num_speculative_tokens)
@@ -89,7 +118,7 @@ def chain(agrees: np.ndarray, num_speculative_tokens: int) -> Rounds:
 
 def acceptance_length(texts: Sequence[np.ndarray], num_speculative_tokens: int) -> float:
     """Tokens a round over all texts; 1 where there is no text."""
-    rounds = sum(chain(agrees, num_speculative_tokens).rounds for agrees in texts)
+    rounds = sum(chain(run, num_speculative_tokens).rounds for run in texts)
     return sum(map(len, texts)) / rounds if rounds else 1.0
 
 
@@ -103,15 +132,35 @@ class Judge:
 
     def __init__(self, pair: Pair, traces: Traces, partition: dict, texts: int):
         self.traces = traces
-        self._best = jax.jit(partial(greedy, pair.draft.config, vocab_size=pair.vocab_size))
+        self._pair, self._best = pair, _best_of(pair)
         self._row_tokens = bucket_of(max(map(len, traces.tokens)))
         held = partition["split"] == 1
         tasks = range(len(partition["centroids"]))
         self.examples = [np.flatnonzero(held & (partition["task"] == t))[:texts].tolist() for t in tasks]
 
+    def of(self, pair: Pair) -> "Judge":
+        """A judge by the same texts of drafters of another shape."""
+        if pair.draft.config == self._pair.draft.config:
+            return self
+        other = copy.copy(self)
+        other._pair, other._best = pair, _best_of(pair)
+        return other
+
     def lengths(self, weights: dict) -> list[list[float] | None]:
         """Tokens a round by task and number of drafted tokens from 0 on; None for a task without texts."""
         best = partial(self._best, weights)
         found = [agreements(best, self.traces, rows, self._row_tokens) for rows in self.examples]
-        by_length = lambda agree: [acceptance_length(agree, k) for k in range(MAX_DRAFT + 1)]
-        return [by_length(agree) if agree else None for agree in found]
+        return [_by_length([agreeing(agrees) for agrees in texts]) for texts in found]
+
+    def looked_up(self, drafter: Drafter) -> list[list[float] | None]:
+        """The same of a drafter without weights that drafts MAX_DRAFT tokens, and fewer alike."""
+        return [_by_length(lookups(drafter, self.traces, rows)) for rows in self.examples]
+
+
+@lru_cache(maxsize=8)
+def _best_of(pair: Pair) -> Callable[..., Array]:
+    return jax.jit(partial(greedy, pair.draft.config, vocab_size=pair.vocab_size))
+
+
+def _by_length(texts: Sequence[np.ndarray]) -> list[float] | None:
+    return [acceptance_length(texts, k) for k in range(MAX_DRAFT + 1)] if texts else None

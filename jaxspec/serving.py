@@ -13,8 +13,9 @@ from jaxspec.drafters import lm_drafter, ngram_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.sharding import over
+from jaxspec.store.families import NGRAM, Options, companion
 from jaxspec.store.huggingface import Model
-from jaxspec.store.pool import Pool, expected_seconds
+from jaxspec.store.pool import Pool
 from jaxspec.target import lm_target
 from jaxspec.transformer import NARROW, LMConfig, abstract, lay_out
 from jaxspec.types import Drafter
@@ -43,6 +44,21 @@ def speculative(
         k: lm(k) if k else silent_drafter(idle_width() - 1, drafter.init) for k in shorter if k < num_speculative_tokens
     }
     return _engine(pool, drafter, rule, shorter=fewer, **shape)
+
+
+def choosing(pool: Pool, families: Sequence[tuple[str, tuple[int, ...]]], rule: str = "greedy", **shape: Any) -> Engine:
+    """Speculative decoding with drafters of these families at these lengths, see `Options`; the pool's own come first."""
+    (_, own), *others = families
+    further = [_drafters(pool, name, lengths) for name, lengths in others]
+    return speculative(pool, max(own), rule, shorter=own, further=further, **shape)
+
+
+def _drafters(pool: Pool, name: str, lengths: Sequence[int]) -> dict[int, Drafter]:
+    """A further family's drafters by length."""
+    if name == NGRAM:
+        return {k: ngram_drafter(k) for k in lengths}
+    config, known = companion(pool, name).pair.draft.config, {"vocab_size": pool.pair.vocab_size, "dtype": _dtype(pool)}
+    return {k: lm_drafter(config, k, **known) for k in lengths}
 
 
 def looking_up(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", **shape: Any) -> Engine:
@@ -82,8 +98,8 @@ def routed(pool: Pool, slots: int) -> Method:
     return Method("routed", _classifier(pool, choose), adapted(pool, slots))
 
 
-def chosen(pool: Pool, slots: int, lengths: Sequence[int], *, bank: bool = False) -> Method:
-    """Whichever drafter and draft length among `lengths` promise the most tokens per second; the base where the task is unsure.
+def chosen(pool: Pool, slots: int, among: Options, *, bank: bool = False) -> Method:
+    """Whichever of these drafters and draft lengths promises the most tokens per second; the base where the task is unsure.
 
     In several slots, whose rows draft with the bank, the trunk stands in for the base.
 
@@ -91,28 +107,43 @@ def chosen(pool: Pool, slots: int, lengths: Sequence[int], *, bank: bool = False
     with the bank, which the mixed drafter is no part of: where it promises more, it serves all rows, unless requests name
     drafters of the `bank`.
     """
-    alone, mixed = slots == 1 and len(lengths) > 1, len(pool.tasks)
-    lengths, trunk = lengths if alone else [max(lengths)], len(pool.names) - 1
+    alone, mixed, trunk = slots == 1 and len(among.lengths) > 1, len(pool.tasks), len(pool.names) - 1
     base = pool.names.index("base") if alone else trunk
-    seconds = expected_seconds(pool.facts, lengths)
     of_bank = [*range(mixed), trunk]
     share = np.array(pool.facts["sizes"]) / sum(pool.facts["sizes"])
-    united = not (alone or bank) and share @ seconds[mixed, :, 0] <= share @ seconds[of_bank, :, 0].min(0)
-    candidates = [mixed] if united else [*range(trunk + 1)] if alone else of_bank
+    mean = np.einsum("t,dtk->d", share, among.seconds[: trunk + 1, :, -1:])
+    united = not (alone or bank) and mean[mixed] <= mean[of_bank].min()
+    candidates = [mixed] if united else np.flatnonzero(among.family >= 0).tolist() if alone else of_bank
 
-    def among(drafters: list[int], probability: np.ndarray) -> np.ndarray:
-        best, length = router.fastest(probability, seconds[drafters])
-        return np.stack([np.array(drafters)[best], np.array(lengths)[length]])
+    def best(drafters: list[int], probability: np.ndarray) -> np.ndarray:
+        own, length = router.fastest(probability, among.seconds[drafters])
+        return np.stack([np.array(drafters)[own], np.array(among.lengths)[length]])
 
     def choose(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         unsure = probability.max(-1) < pool.facts["fallback_below"]
-        fallback = among([mixed] if united else [base], probability)
-        drafter, k = np.where(unsure, fallback, among(candidates, probability))
+        fallback = best([mixed] if united else [base], probability)
+        drafter, k = np.where(unsure, fallback, best(candidates, probability))
         return np.where((drafter == trunk) | (k == 0), router.TRUNK, drafter), k
 
+    route = _classifier(pool, choose)
     if united:
-        return always(pool, "mixed", slots)._replace(name="chosen", route=_classifier(pool, choose))
-    return Method("chosen", _classifier(pool, choose), adapted(pool, slots))
+        return always(pool, "mixed", slots)._replace(name="chosen", route=route)
+    return Method("chosen", route, _of_families(pool, slots, among), lambda own: max(int(among.family[own]), 0))
+
+
+def _of_families(pool: Pool, slots: int, among: Options) -> Callable[[np.ndarray], Any]:
+    """Routes -> parameters of the drafters of their family."""
+    own, number = adapted(pool, slots), len(pool.names)
+
+    def params(routes: np.ndarray) -> Any:
+        route = int(routes[0])
+        if slots > 1 or route < number:
+            return own(routes)
+        name, _ = among.families[among.family[route]]
+        first = among.names.index(next(iter(pool.facts["further"][name]["acceptance_length"])))
+        return () if name == NGRAM else adapted(companion(pool, name), slots)(routes - first)
+
+    return params
 
 
 def _classifier(pool: Pool, choose: Callable) -> Callable[[np.ndarray], Routes]:

@@ -18,8 +18,9 @@ from jaxspec.engine import FOREVER, Engine, Method
 from jaxspec.requests import SETTINGS, Request, bucket_of, checked, room_of
 from jaxspec.requests import Completion as Row
 from jaxspec.router import TRUNK
+from jaxspec.store.families import drafter_name, options
 from jaxspec.store.models import encode
-from jaxspec.store.pool import Pool, draft_length, draft_lengths, drafter_names
+from jaxspec.store.pool import Pool, draft_length, drafter_names
 from jaxspec.store.prompts import Line
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -127,11 +128,13 @@ def drafter_named(facts: dict[str, Any], name: Any) -> int | None:
 
 
 @lru_cache(maxsize=4)
-def engine_of(pool: Pool, lengths: tuple[int, ...], rule: str, slots: int, room: int, log_probs: bool) -> Engine:
+def engine_of(
+    pool: Pool, families: tuple[tuple[str, tuple[int, ...]], ...], rule: str, slots: int, room: int, log_probs: bool
+) -> Engine:
     """An engine for a pool; asked again in the same shape it is the same, with all that it has compiled."""
     recorder = recording.logprobs(room) if log_probs else recording.NOTHING
     shape = {"slots": slots, "room": room, "recorder": recorder}
-    return serving.speculative(pool, max(lengths), rule, shorter=lengths, **shape)
+    return serving.choosing(pool, families, rule, **shape)
 
 
 def rule_for(requests: Iterable[Request], acceptance: str) -> str:
@@ -221,9 +224,9 @@ def _pieces(
     requests = [ask.request for ask in asks]
     if drafter is not None:  # the length that a row has of its own is for the drafter that the pool would choose
         num_speculative_tokens = draft_length(pool.facts, num_speculative_tokens)
-    lengths = draft_lengths(pool.facts, num_speculative_tokens, batch)
-    engine = engine_of(pool, lengths, rule_for(requests, acceptance), batch, room_for(requests), logprobs)
-    method = serving.chosen(pool, batch, lengths, bank=drafter is not None)
+    among = options(pool.facts, num_speculative_tokens, batch)
+    engine = engine_of(pool, among.families, rule_for(requests, acceptance), batch, room_for(requests), logprobs)
+    method = serving.chosen(pool, batch, among, bank=drafter is not None)
     return serve(pool, engine, method, asks, rounds=rounds)
 
 
@@ -251,7 +254,7 @@ def _completion(pool: Pool, index: int, text: str, row: Row) -> Completion:
         token_ids=row.ids,
         finish_reason=row.finish_reason,
         task=pool.tasks[row.task] if row.task >= 0 else None,
-        drafter=pool.names[row.route],
+        drafter=drafter_name(pool.facts, row.route),
         route_confidence=round(row.confidence, 4),
         num_drafts=int(row.counts.num_drafts),
         num_draft_tokens=int(row.counts.num_draft_tokens),

@@ -35,14 +35,16 @@ def traces(texts) -> Traces:
 def test_rounds_of_a_text_are_those_that_the_engine_counted(texts, row_tokens):
     agree = forced.agreements(partial(BEST, NEAR), traces(texts), [2, 0, 3, 1], row_tokens)
     for i, own in zip([2, 0, 3, 1], agree, strict=True):
-        rounds = forced.chain(own, 3)
+        rounds = forced.chain(forced.agreeing(own), 3)
         counts = texts[i].counts
         assert rounds.rounds == counts.num_drafts
         assert rounds.drafted == counts.drafted_by_position.sum()
         assert rounds.accepted == counts.accepted_by_position.sum()
     assert 0 < sum(map(np.sum, agree)) < sum(map(len, agree))  # else the law says little
     whole = metrics.measures(metrics.total([text.counts for text in texts]))
-    assert forced.acceptance_length(agree, 3) == pytest.approx(whole["mean_acceptance_length"])
+    assert forced.acceptance_length([forced.agreeing(own) for own in agree], 3) == pytest.approx(
+        whole["mean_acceptance_length"]
+    )
 
 
 def test_the_target_as_its_own_drafter_agrees_everywhere(texts):
@@ -62,4 +64,4 @@ def test_the_target_as_its_own_drafter_agrees_everywhere(texts):
     ],
 )
 def test_rounds_by_hand(agrees, k, expected):
-    assert tuple(forced.chain(np.array(agrees, bool), k)) == expected
+    assert tuple(forced.chain(forced.agreeing(np.array(agrees, bool)), k)) == expected

@@ -13,14 +13,17 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from jaxspec import forced, metrics, router, serving, sharding
-from jaxspec.config import Experiment, UserError, command_line, plain
+from jaxspec.config import Calibrate, Experiment, UserError, command_line, plain
+from jaxspec.drafters import ngram_drafter
 from jaxspec.engine import Seconds
 from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
+from jaxspec.store.families import NGRAM, Place, options, place
 from jaxspec.store.models import read_pair
 from jaxspec.store.pool import (
     BANK,
@@ -32,8 +35,8 @@ from jaxspec.store.pool import (
     Pool,
     draft_length,
     drafter_names,
-    expected_seconds,
     known_pool,
+    load_beside,
     served_by_trunk,
 )
 from jaxspec.store.stages import Stage, finish, manifest, open_stage, read_arrays, write_arrays, write_whole
@@ -50,6 +53,7 @@ def run(experiment: Experiment) -> None:
     lengths = experiment.calibrate.lengths
     if max(lengths) > MAX_DRAFT or min(lengths) < 0 or max(lengths) == 0:
         raise UserError(f"calibrate.lengths {lengths} must lie between 0 and {MAX_DRAFT}, one of them above 0")
+    further = _further(experiment.calibrate)
     check_models(experiment.out, target=experiment.target, draft=experiment.draft)
     traces = read_traces(experiment.out)
     partition = read_arrays(Path(experiment.out, "partition", "partition.npz"))
@@ -59,27 +63,55 @@ def run(experiment: Experiment) -> None:
     judge = forced.Judge(pool.pair, traces, partition, experiment.calibrate.texts)
     drafters = tqdm(pool.names, desc="calibrate: acceptance", unit="drafter")
     facts["acceptance_length"] = {name: judge.lengths(pool.drafter(name)) for name in drafters}
-    table = _measure(experiment, pool, traces, partition)
-    facts["calibration"] = table
+    others = {own.name: load_beside(own.pool, pool, own.draft) for own in further if own.pool}
+    facts["further"] = {
+        own.name: _looked_up(judge) if own.name == NGRAM else _of_pool(own, others[own.name], judge) for own in further
+    }
+    for name, table in _measure(experiment, pool, others, NGRAM in facts["further"], traces, partition).items():
+        (facts["further"][name] if name else facts)["calibration"] = table
     finish(stage, **facts)
     _say(facts)
     print(f"calibrate: K = {draft_length(facts)}; pool in {stage.folder}")
 
 
+def _further(spec: Calibrate) -> list[Place]:
+    """The families asked for beside the pool's own."""
+    found = {own: Place(own, "", "") if own == NGRAM else place("--calibrate.further", own) for own in spec.further}
+    names = [own.name for own in found.values()]
+    if len(names) > len(set(names)) or any(found[said].pool and found[said].name == NGRAM for said in found):
+        raise UserError(f"--calibrate.further {' '.join(spec.further)}: every family needs a name of its own")
+    return list(found.values())
+
+
+def _looked_up(judge: forced.Judge) -> dict:
+    """What the facts say of n-gram lookup, its rounds aside."""
+    accepted = {NGRAM: judge.looked_up(ngram_drafter(MAX_DRAFT))}
+    return {"pool": "", "draft": "", "digest": "", "acceptance_length": accepted}
+
+
+def _of_pool(own: Place, pool: Pool, judge: forced.Judge) -> dict:
+    """What the facts say of another pool's drafters, their rounds aside."""
+    drafters = tqdm(pool.names, desc=f"calibrate: acceptance of {own.name}", unit="drafter")
+    accepted = {f"{own.name}/{name}": judge.of(pool.pair).lengths(pool.drafter(name)) for name in drafters}
+    where = {"pool": str(pool.path.resolve()), "draft": str(Path(pool.pair.draft.path).resolve())}
+    return {**where, "digest": pool.digest, "acceptance_length": accepted}
+
+
 def _say(facts: dict) -> None:
     """Prints what was measured: of every draft length, and of every task."""
-    for k, row in facts["calibration"].items():
-        accuracy = f", draft accuracy {row['draft_accuracy']:.3f}" if k else ", nothing drafted"
-        print(f"calibrate: K = {k}: {row['tokens_per_second']:.1f} tokens/s{accuracy}")
-    k, lengths, names = draft_length(facts, least=1), sorted(facts["calibration"]), drafter_names(facts)
-    drafter, length = router.fastest(np.eye(len(facts["tasks"])), expected_seconds(facts, lengths))
+    for family, measured in (("", facts), *facts["further"].items()):
+        for k, row in measured["calibration"].items():
+            accuracy = f", draft accuracy {row['draft_accuracy']:.3f}" if k else ", nothing drafted"
+            print(f"calibrate: {family and f'{family}, '}K = {k}: {row['tokens_per_second']:.1f} tokens/s{accuracy}")
+    k, names, among = draft_length(facts, least=1), drafter_names(facts), options(facts)
+    drafter, length = router.fastest(np.eye(len(facts["tasks"])), among.seconds)
     served = (f"the {names[-1]}" if trunk else "its own drafter" for trunk in served_by_trunk(facts))
     for task, (name, label, by) in enumerate(zip(facts["tasks"], facts["labels"], served, strict=True)):
         of = lambda own, task=task: facts["acceptance_length"][own][task]
         rows = {**{who: of(who) for who in names[len(facts["tasks"]) :]}, "own": of(name)}
         accepted = ", ".join(f"{who} {row[k]:.2f}" for who, row in rows.items() if row)
-        most = lengths[length[task]]
-        alone = f"{names[drafter[task]]} at K = {most}" if most else "nobody, nothing drafted"
+        most = among.lengths[length[task]]
+        alone = f"{among.names[drafter[task]]} at K = {most}" if most else "nobody, nothing drafted"
         print(
             f"calibrate: {name} ({label}): tokens a round {accepted}; served by {by}, one prompt at a time by {alone}"
         )
@@ -140,7 +172,10 @@ def _assemble(experiment: Experiment, stage: Stage, traces: Traces, partition: d
     write_arrays(stage.folder / POINTS, points)
 
 
-def _measure(experiment: Experiment, pool: Pool, traces: Traces, partition: dict) -> dict[int, dict]:
+def _measure(
+    experiment: Experiment, pool: Pool, others: dict[str, Pool], looks_up: bool, traces: Traces, partition: dict
+) -> dict[str, dict[int, dict]]:
+    """A table by draft length of every family, the pool's own under no name; all are timed in turn."""
     spec = experiment.calibrate
     slots = spec.slots * (sharding.num_row_parts(pool.mesh) if pool.mesh else 1)
     rows = _sample(experiment, traces, partition)
@@ -153,19 +188,30 @@ def _measure(experiment: Experiment, pool: Pool, traces: Traces, partition: dict
         )
         for i in rows
     ]
-    room = room_of(bucket_of(max(len(r.ids) for r in requests)), spec.max_new_tokens)
-    engines = {k: serving.speculative(pool, k, slots=slots, room=room) for k in spec.lengths}
-    method = serving.given(pool, slots)
-    seconds: dict[int, list[Seconds]] = {k: [] for k in spec.lengths}
-    counts: dict[int, list] = {}
-    with tqdm(total=(spec.passes + 1) * len(engines), desc="calibrate", unit="pass") as bar:
+    shape: dict[str, Any] = {
+        "slots": slots,
+        "room": room_of(bucket_of(max(len(r.ids) for r in requests)), spec.max_new_tokens),
+    }
+    drafting = [k for k in spec.lengths if k]
+    ways = {("", k): (serving.speculative(pool, k, **shape), serving.given(pool, slots)) for k in spec.lengths}
+    for k in drafting if looks_up else ():
+        ways[NGRAM, k] = serving.looking_up(pool, k, **shape), serving.always(pool, NGRAM, slots)
+    for name, other in others.items():
+        method = serving.always(other, "mixed", slots)  # a round takes as long with any of its drafters
+        ways |= {(name, k): (serving.speculative(other, k, **shape), method) for k in drafting}
+    seconds: dict[tuple[str, int], list[Seconds]] = {way: [] for way in ways}
+    counts: dict[tuple[str, int], list] = {}
+    with tqdm(total=(spec.passes + 1) * len(ways), desc="calibrate", unit="pass") as bar:
         for number in range(spec.passes + 1):  # the first pass compiles and does not count
-            for k, engine in engines.items():
-                counts[k] = [completion.counts for completion in engine.complete(requests, method)]
+            for way, (engine, method) in ways.items():
+                counts[way] = [completion.counts for completion in engine.complete(requests, method)]
                 if number:
-                    seconds[k].append(engine.seconds)
+                    seconds[way].append(engine.seconds)
                 bar.update()
-    return {k: _row(counts[k], seconds[k], slots) for k in spec.lengths}
+    tables: dict[str, dict[int, dict]] = {}
+    for name, k in ways:
+        tables.setdefault(name, {})[k] = _row(counts[name, k], seconds[name, k], slots)
+    return tables
 
 
 def _sample(experiment: Experiment, traces: Traces, partition: dict) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The pool: all that decoding needs. Target and base by path and digest, the adapter bank, mixed, router, calibration."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,11 +121,16 @@ def find_pool(path: str) -> tuple[Path, dict, str]:
         raise UserError(f"{path!r} holds the stage {manifest.get('stage')!r}, not a pool; give OUT/pool")
     if "acceptance_length" not in manifest["results"]:
         raise UserError(f"{path!r} was made by an earlier version; remove it and run `python -m train.calibrate` again")
-    before = {"trunk": False, "specialists": "bank_lora", "training": None}  # what pools of earlier versions do not say
+    before = {
+        "trunk": False,
+        "specialists": "bank_lora",
+        "training": None,
+        "further": {},
+    }  # what pools of earlier versions do not say
     return folder, {**before, **manifest["results"]}, manifest["digest"]
 
 
-def draft_length(facts: dict, asked: int | None = None, least: int = 0) -> int:
+def draft_length(facts: Mapping[str, Any], asked: int | None = None, least: int = 0) -> int:
     """Tokens to draft a round: as asked, or else the number, from `least` on, that calibration found fastest.
 
     Raises:
@@ -139,7 +144,7 @@ def draft_length(facts: dict, asked: int | None = None, least: int = 0) -> int:
     return asked
 
 
-def drafter_names(facts: dict) -> list[str]:
+def drafter_names(facts: Mapping[str, Any]) -> list[str]:
     """A name for every route: the tasks', the control's, the base's, and the trunk's if it is not the base."""
     return [*facts["tasks"], "mixed", "base", *(["trunk"] if facts["trunk"] else [])]
 
@@ -151,29 +156,20 @@ def served_by_trunk(facts: dict) -> list[bool]:
     return [own is not None and own[k] <= without[k] for own, without in pairs]
 
 
-def expected_seconds(facts: dict, lengths: Sequence[int]) -> np.ndarray:
-    """Expected seconds a token `[D, T, K]` of every drafter on every task with so many tokens drafted a round.
+def expected_seconds(measured: Mapping[str, Any], names: Sequence[str], lengths: Sequence[int]) -> np.ndarray:
+    """Expected seconds a token `[D, T, K]` of drafters on every task with so many tokens drafted a round.
 
-    A task without prompts in the calibrate split counts as the mean of the others.
+    A task without prompts in the calibrate split counts as the mean of the others, a length that was not measured as infinite.
+
+    Args:
+        measured: `acceptance_length` by drafter, task and length, and `calibration` by length.
     """
     of_task = lambda own: [np.nan] * len(lengths) if own is None else [own[k] for k in lengths]
-    accepted = np.array([[of_task(own) for own in facts["acceptance_length"][name]] for name in drafter_names(facts)])
+    accepted = np.array([[of_task(own) for own in measured["acceptance_length"][name]] for name in names])
     accepted = np.where(np.isnan(accepted), np.nanmean(accepted, axis=1, keepdims=True), accepted)
-    rounds = {int(k): row["round_milliseconds"] / 1e3 for k, row in facts["calibration"].items()}
-    of_length = [1.0] if len(lengths) == 1 else [rounds[k] for k in lengths]  # one alone need not have been measured
+    rounds = {int(k): row["round_milliseconds"] / 1e3 for k, row in measured["calibration"].items()}
+    of_length = [1.0] if len(lengths) == 1 else [rounds.get(k, np.inf) for k in lengths]
     return router.token_seconds(accepted, np.array(of_length))
-
-
-def draft_lengths(facts: dict, asked: int | None = None, slots: int = 1) -> tuple[int, ...]:
-    """The draft lengths that an engine needs: the one asked for, or calibration's.
-
-    With one slot every row has its own: these are the fastest on some task with some drafter, and the fastest of all.
-    """
-    if asked is not None or slots > 1:
-        return (draft_length(facts, asked),)
-    measured = sorted(map(int, facts["calibration"]))
-    _, best = router.fastest(np.eye(len(facts["tasks"])), expected_seconds(facts, measured))
-    return tuple(sorted({draft_length(facts), *(measured[k] for k in best)}))
 
 
 def known_pool(

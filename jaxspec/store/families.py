@@ -1,0 +1,103 @@
+"""Families of drafters that a pool chooses among, one prompt at a time: its own, n-gram lookup, other pools of its target.
+
+A family has one shape and one state. What its drafters would have had accepted on the pool's tasks, and what its rounds take
+on this device, is measured by `train.calibrate` and kept in the pool's facts under `further`.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxspec import router
+from jaxspec.config import UserError
+from jaxspec.store.pool import NAME, Pool, draft_length, drafter_names, expected_seconds, load_beside
+
+NGRAM = "ngram"
+
+
+class Place(NamedTuple):
+    """What `NAME=POOL` or `NAME=POOL,DRAFT` says: a name, a pool's folder, another place of its base drafter or none."""
+
+    name: str
+    pool: str
+    draft: str
+
+
+class Options(NamedTuple):
+    """What may draft for a prompt.
+
+    lengths: draft lengths, ascending; names: every drafter's, the pool's own first.
+    seconds: `[D, T, K]` expected seconds a token by drafter, task and length, infinite where a family does not draft so many.
+    families: (name, lengths) of those that are the fastest on some task; the first, of no name, is the pool's own.
+    family: `[D]` index of each drafter's family, -1 for one that is not needed.
+    """
+
+    lengths: tuple[int, ...]
+    names: tuple[str, ...]
+    seconds: np.ndarray
+    families: tuple[tuple[str, tuple[int, ...]], ...]
+    family: np.ndarray
+
+
+def place(flag: str, said: str) -> Place:
+    """Reads NAME=POOL or NAME=POOL,DRAFT; UserError for a form that will not do."""
+    name, _, places = said.partition("=")
+    folder, _, draft = places.partition(",")
+    if not (folder and re.fullmatch(NAME, name)):
+        raise UserError(
+            f"{flag} {said!r} will not do; give NAME=POOL or NAME=POOL,DRAFT, the name in small letters, digits and dashes"
+        )
+    return Place(name, folder, draft)
+
+
+def options(facts: Mapping[str, Any], asked: int | None = None, slots: int = 1) -> Options:
+    """The pool's own drafters at the length asked for, or at calibration's; with one slot and no wish all that was measured.
+
+    Then the lengths of a family are those that are the fastest on some task with some drafter of it; the fastest of all is
+    always among the own.
+    """
+    names = tuple(drafter_names(facts))
+    if asked is not None or slots > 1:
+        k = draft_length(facts, asked)
+        seconds = expected_seconds(facts, names, [k])
+        return Options((k,), names, seconds, (("", (k,)),), np.zeros(len(names), int))
+    lengths = tuple(sorted(map(int, facts["calibration"])))
+    measured = {"": (facts, names)}
+    measured |= {name: (own, tuple(own["acceptance_length"])) for name, own in facts["further"].items()}
+    seconds = np.concatenate([expected_seconds(own, drafters, lengths) for own, drafters in measured.values()])
+    owner = np.repeat(np.arange(len(measured)), [len(drafters) for _, drafters in measured.values()])
+    drafter, best = router.fastest(np.eye(len(facts["tasks"])), seconds)
+    wins = [{lengths[k] for d, k in zip(drafter, best, strict=True) if owner[d] == i} for i in range(len(measured))]
+    wins[0].add(draft_length(facts))
+    for i, own in enumerate(wins):
+        seconds[np.ix_(owner == i, np.ones(seconds.shape[1], bool), ~np.isin(lengths, sorted(own)))] = np.inf
+    needed = [i for i, own in enumerate(wins) if own]
+    families = tuple((list(measured)[i], tuple(sorted(wins[i]))) for i in needed)
+    index = np.array([needed.index(i) if i in needed else -1 for i in range(len(measured))])
+    return Options(lengths, _all_names(facts), seconds, families, index[owner])
+
+
+def drafter_name(facts: Mapping[str, Any], route: int) -> str:
+    """The name of a route's drafter; -1 is what adapters belong on."""
+    return drafter_names(facts)[-1] if route < 0 else _all_names(facts)[route]
+
+
+@lru_cache(maxsize=4)
+def companion(pool: Pool, name: str) -> Pool:
+    """The pool behind a family, which shares the target's weights; UserError if it is another than was calibrated with."""
+    said = pool.facts["further"][name]
+    found = load_beside(said["pool"], pool, said["draft"])
+    if found.digest != said["digest"]:
+        raise UserError(
+            f"{said['pool']} has changed since {pool.path} was calibrated with it; remove that and run `python -m "
+            "train.calibrate` again"
+        )
+    return found
+
+
+def _all_names(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    other = [drafter for own in facts["further"].values() for drafter in own["acceptance_length"]]
+    return (*drafter_names(facts), *other)
