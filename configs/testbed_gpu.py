@@ -12,7 +12,7 @@ experiment = dataclasses.replace(
     _testbed,
     limit=4000,
     dtype="bfloat16",
-    trace=Trace(batch=256, max_prompt_tokens=512, max_new_tokens=96, smallest_bucket=512, use_responses=False),
+    trace=Trace(batch=256, max_prompt_tokens=512, max_new_tokens=96, smallest_bucket=512, texts="target"),
     align=Align(
         rank=64,
         alpha=64.0,
