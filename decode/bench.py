@@ -119,6 +119,7 @@ def run(config: Bench) -> None:
         "router": router_figures(pool, asks, passes),
         "choices": choices(pool, asks, passes),
         "clusters": cluster_figures(pool),
+        "curves": pool.facts["curves"],
     }
     _print(bench)
     if config.json:

@@ -102,16 +102,33 @@ DIVERGENCES = {
 
 
 def from_kept(divergence: Callable) -> Callable:
-    """The loss that is a divergence from what is kept of p: (log_q `[R, M, V]`, batch) -> `[R, M]`."""
-    return lambda log_q, batch: divergence(coarse(log_q, batch.top_ids), batch.log_p)
+    """The loss that is a divergence from what is kept of p: (log_q `[R, M, V]`, batch, temperature) -> `[R, M]`.
+
+    At another temperature than 1 the kept tokens alone are compared, p and q each among them. That is exact: powers of the
+    kept probabilities are known up to their sum, while what the tail's many would add to it is not.
+    """
+
+    def loss(log_q: Array, batch: Batch, temperature: float = 1.0) -> Array:
+        if temperature == 1:
+            return divergence(coarse(log_q, batch.top_ids), batch.log_p)
+        kept = jnp.take_along_axis(log_q, batch.top_ids, axis=-1)
+        return divergence(tempered(kept, temperature), tempered(batch.log_p[..., :-1], temperature))
+
+    return loss
 
 
-def negative_log_likelihood(log_q: Array, batch: Batch) -> Array:
+def tempered(log_p: Array, temperature: float) -> Array:
+    """What logits over the temperature give, of logits or log-probabilities: p^(1 / T), normalised over the last axis."""
+    return jax.nn.log_softmax(log_p / temperature, axis=-1)
+
+
+def negative_log_likelihood(log_q: Array, batch: Batch, temperature: float = 1.0) -> Array:
     """-log q of the token that was emitted, in nats: what a text teaches when its writer shows no distribution.
 
     It is forward KL from a p that is certain of that token, whether or not the trace kept it: a loss, not a divergence,
     since no distribution enters.
     """
+    log_q = log_q if temperature == 1 else tempered(log_q, temperature)
     return -jnp.take_along_axis(log_q, batch.emitted[..., None], axis=-1)[..., 0]
 
 

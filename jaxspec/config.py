@@ -76,6 +76,8 @@ class Align:
         "negative_log_likelihood",
     ] = "forward_kl"
     """What training lowers: a distance from the target's distribution to the drafter's, or -log q of its text alone."""
+    temperature: float = 1.0
+    """Temperature that target and drafter are compared at; another than 1 leaves out what the trace did not keep."""
     rank: int = 16
     """Rank of the LoRA adapters."""
     alpha: float = 32.0

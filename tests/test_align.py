@@ -1,6 +1,7 @@
 """Laws of alignment: what divergences mean, that training lowers rejection, and that packing changes nothing."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -17,6 +18,7 @@ from jaxspec.store.huggingface import read_model
 from jaxspec.store.stages import manifest, read_arrays
 from jaxspec.store.traces import Traces, read_traces
 from train import align as stage
+from train import calibrate
 
 VOCAB = 6
 BATCH = align.Batch(*[np.zeros((1, 1), np.int32)] * 7)  # of which a test replaces what it needs
@@ -82,6 +84,24 @@ def test_likelihood_is_forward_kl_from_certainty_and_its_gradient_is_right():
         assert float(gradient[v]) == pytest.approx(
             float(value(logits + step) - value(logits - step)) / (2 * h), abs=2e-3
         )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("name", align.LOSSES)
+def test_a_temperature_is_that_of_both_models_among_what_is_kept(name, temperature):
+    """As if both had divided their logits by it, and of the target only the kept tokens were there."""
+    p, q = (np.random.default_rng(seed).normal(size=(1, 5, VOCAB)) for seed in (0, 1))
+    ids, emitted = np.argsort(-p, -1)[..., :3], np.full((1, 5), 2)
+    log_p, log_q = (jax.nn.log_softmax(jnp.asarray(own)) for own in (p, q))
+    batch = BATCH._replace(emitted=emitted, top_ids=jnp.asarray(ids), log_p=align.coarse(log_p, jnp.asarray(ids)))
+    found = align.LOSSES[name](log_q, batch, temperature)
+    of_kept = lambda x: jax.nn.log_softmax(jnp.asarray(np.take_along_axis(x, ids, -1) / temperature))
+    if name == "negative_log_likelihood":
+        expected = -jax.nn.log_softmax(jnp.asarray(q / temperature))[..., 2]
+    else:
+        expected = align.DIVERGENCES[name](of_kept(q), of_kept(p))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(found, align.LOSSES[name](log_q, batch, 1.0), rtol=0.05)
 
 
 def test_a_preset_may_name_every_loss_and_no_other():
@@ -272,6 +292,20 @@ def test_without_a_trunk_specialists_start_from_the_base(finished, out_with):
     stage.run(dataclasses.replace(finished, out=str(out), align=spec))
     assert manifest(str(out), "align")["results"].keys() >= {"bank", "mixed_lora", "mixed_full", "mixed"}
     assert not (out / "align" / "trunk.safetensors").exists()
+
+
+def test_the_pool_keeps_the_curves_of_every_course_and_each_step_once(finished, tmp_path):
+    curves = manifest(finished.out, "pool")["results"]["curves"]
+    assert {name: own["step"] for name, own in curves.items()} == {
+        "trunk": [6], "bank": [2], "mixed_lora": [12], "mixed_full": [6]
+    }  # fmt: skip
+    assert [len(own["loss"][0]) for own in curves.values()] == [1, 3, 1, 1]
+    said = [("bank", 10, 0.5), ("bank", 20, 0.4), ("bank", 20, 0.3), ("mixed", 10, 0.9)]  # killed and gone on
+    lines = [json.dumps({"course": c, "step": s, "loss": [x], "agreement": [1 - x]}) for c, s, x in said]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = calibrate._curves(tmp_path / "metrics.jsonl")
+    assert found["bank"] == {"step": [10, 20], "loss": [[0.5], [0.3]], "agreement": [[0.5], [0.7]]}
+    assert found["mixed"]["step"] == [10]
 
 
 def test_a_trunk_that_has_no_rate_is_refused(finished, out_with):

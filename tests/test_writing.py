@@ -76,7 +76,9 @@ def log(answered, sources) -> Log:
 
 
 def other_weights(pair: Pair) -> dict:
-    return jax.tree.map(lambda x: 1.2 * x, pair.draft.params)
+    """A drafter to which tokens beyond the target's vocabulary seem by far the likeliest."""
+    table = pair.draft.params["embed"]["embedding"]
+    return pair.draft.params | {"embed": {"embedding": table.at[pair.vocab_size :].multiply(40.0)}}
 
 
 @cache
@@ -277,6 +279,7 @@ def test_selection_has_each_drafter_but_the_trunk_trained_twice(experiment, monk
         ({"accumulate": 3}, "--align.accumulate 3 does not divide --align.rows 2; give"),
         ({"on_policy": 0.1}, "--align.on-policy 0.1 of --align.rows 2 is no row; give 0.5 or more"),
         ({"replay": 0.2}, "--align.replay 0.2 of --align.rows 2 is no row; give 0.5 or more"),
+        ({"temperature": 0.0}, "--align.temperature 0.0 leaves nothing to compare; give a number above 0"),
         ({"select": 0.0}, "--align.select 0.0 leaves no token"),
         ({"on_policy": 0.5, "refresh": 50}, "--align.refresh 50 does not divide --align.checkpoint-every 2"),
     ],

@@ -113,6 +113,10 @@ def _check(experiment: Experiment, mesh: Mesh) -> None:
             raise UserError(
                 f"--align.{name} {share} of --align.rows {spec.rows} is no row; give {1 / spec.rows} or more"
             )
+    if not spec.temperature:
+        raise UserError(
+            "--align.temperature 0.0 leaves nothing to compare; give a number above 0, 1 for the models' own"
+        )
     if not spec.select:
         raise UserError("--align.select 0.0 leaves no token to learn from; give a share above 0, 1 for all tokens")
     if spec.on_policy and spec.checkpoint_every % spec.refresh:
@@ -198,7 +202,8 @@ def _only(tree: Any) -> Any:
 
 def _aligner(experiment: Experiment, log_q: Callable) -> Aligner:
     spec = experiment.align
-    return aligner(log_q, LOSSES[spec.divergence], optimiser(), share=spec.select, parts=spec.accumulate)
+    loss = partial(LOSSES[spec.divergence], temperature=spec.temperature)
+    return aligner(log_q, loss, optimiser(), share=spec.select, parts=spec.accumulate)
 
 
 def _lora_log_q(draft: Model, scale: float, vocab_size: int, frozen, adapter, tokens, segments, at):

@@ -118,7 +118,7 @@ def find_pool(path: str) -> tuple[Path, dict, str]:
         raise UserError(f"{path!r} holds the stage {manifest.get('stage')!r}, not a pool; give OUT/pool")
     if "acceptance_length" not in manifest["results"]:
         raise UserError(f"{path!r} was made by an earlier version; remove it and run `python -m train.calibrate` again")
-    return folder, {"trunk": False, **manifest["results"]}, manifest["digest"]
+    return folder, {"trunk": False, "curves": None, **manifest["results"]}, manifest["digest"]
 
 
 def draft_length(facts: dict, asked: int | None = None, least: int = 0) -> int:
