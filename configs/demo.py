@@ -13,7 +13,7 @@ experiment = Experiment(
     target=str(_models / "target"),
     draft=str(_models / "draft"),
     limit=90,
-    trace=Trace(batch=32, max_prompt_tokens=64, max_new_tokens=80, smallest_bucket=64, use_responses=False),
+    trace=Trace(batch=32, max_prompt_tokens=64, max_new_tokens=80, smallest_bucket=64, texts="target"),
     partition=Partition(max_clusters=8),  # finer ones exist in a generated log, and each costs the demo a drafter
     align=Align(
         rank=32,

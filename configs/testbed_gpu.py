@@ -18,7 +18,7 @@ experiment = dataclasses.replace(
         max_new_tokens=96,
         num_speculative_tokens=2,
         smallest_bucket=512,
-        use_responses=False,
+        texts="target",
     ),
     align=Align(
         rank=64,

@@ -119,6 +119,7 @@ def run(config: Bench) -> None:
         **figures(pool, asks, passes, parity, narrow),
         **_of_routing(contenders[0], passes, engines),
         "clusters": cluster_figures(pool),
+        "curves": pool.facts["curves"],
         "rivals": {
             own.name: {**_of_pool(config, own.pool), **_of_routing(own, passes, engines)} for own in contenders[1:]
         },

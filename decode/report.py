@@ -49,6 +49,7 @@ NEEDED = {"confusion": ("tasks", "drafters", "counts"), "clusters": ("points", "
 COMPARED = "pools_compared"
 CONDITIONS = {"device": "", "dtype": "", "batch": "batch ", "num_speculative_tokens": "K = "}
 CONDITIONS |= {"temperature": "temperature ", "commit": "commit "}
+CURVES = ("step", "loss", "agreement")
 SETTINGS = {"pool": "pool ", "autoregressive_width": "autoregressive baseline of width "}
 SETTINGS |= {"max_new_tokens": "longest completion in tokens ", "passes": "passes "}
 CSS = """
@@ -118,6 +119,9 @@ def _check_parts(path: Path, bench: Bench) -> None:
             raise UserError(f"--bench {path}: {name} has no list {lacking[0]!r}; run decode.bench again")
         if part and not (_is_table(part) if name == "confusion" else _are_points(part)):
             raise UserError(f"--bench {path}: the lists in {name} do not belong together; run decode.bench again")
+    for name, own in (bench.get("curves") or {}).items():
+        if not isinstance(own, dict) or not _are_curves(own):
+            raise UserError(f"--bench {path}: the curves of {name} do not belong together; run decode.bench again")
 
 
 def _is_table(confusion: Bench) -> bool:
@@ -126,6 +130,11 @@ def _is_table(confusion: Bench) -> bool:
     return len(rows) in (0, len(confusion["tasks"])) and all(
         isinstance(row, list) and len(row) == across for row in rows
     )
+
+
+def _are_curves(course: Bench) -> bool:
+    columns = [own for key in CURVES if isinstance(own := course.get(key), list)]
+    return len(columns) == len(CURVES) and len({len(own) for own in columns}) == 1
 
 
 def _are_points(clusters: Bench) -> bool:
@@ -146,6 +155,7 @@ def draw(bench: Bench, compared: Sequence[Compared] = ()) -> Plots:
             "acceptance_by_position": _positions(bench),
             "router_confusion": _confusion(router.get("confusion")),
             "clusters": _clusters(bench.get("clusters")),
+            "training": _training(bench.get("curves")),
         }
         if len(compared) > 1:
             figures[COMPARED] = comparison.draw(compared)
@@ -158,6 +168,7 @@ def page(bench: Bench, plots: Plots, compared: Sequence[Compared] = ()) -> str:
     gain = "Wall clock, prefill and routing included; the dashed line is no gain."
     share = "Share accepted at each position of the block."
     counts = "A row holds a task's prompts: colour is the share sent to each drafter, the number is the count."
+    learnt = "Alignment step by step on its training rows: the mean of a course's drafters, and each of several thinly."
     points = "Prompts in two dimensions; a second panel, if any, shows labels that the clustering never saw."
     parts = [
         f"<h1>Speculative decoding report</h1><p>{_facts(bench, CONDITIONS)}<br>{_facts(bench, SETTINGS)}</p>",
@@ -166,6 +177,7 @@ def page(bench: Bench, plots: Plots, compared: Sequence[Compared] = ()) -> str:
         _section(bench, plots, "acceptance_by_position", "Acceptance by position", share),
         _section(bench, plots, "router_confusion", "Router", counts) + _router(bench.get("router")),
         _section(bench, plots, "clusters", "Clusters", points),
+        _section(bench, plots, "training", "Training", learnt),
         _pools(plots, compared),
         f"<h2>Other measures</h2><details><summary>Show the tables</summary>{''.join(others)}</details>",
     ]
@@ -262,6 +274,29 @@ def _clusters(clusters: Bench | None) -> Figure | None:
     for axis, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axis.set(title=title, xticks=[], yticks=[])
         _scatter(axis, points, *panels[title])
+    return figure
+
+
+def _training(curves: Bench | None) -> Figure | None:
+    if not curves:
+        return None
+    figure = Figure(figsize=(9.0, 6.4), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    for panel, field in zip(panels, CURVES[1:], strict=True):
+        for own, colour in zip(curves.values(), itertools.cycle(MUTED), strict=False):
+            heights = np.array(own[field], float)
+            panel.plot(own["step"], heights.mean(1), color=colour, linewidth=2)
+            if heights.shape[1] > 1:
+                panel.plot(own["step"], heights, color=colour, linewidth=0.6, alpha=0.4)
+        panel.set(ylabel=field)
+        panel.grid(axis="y")
+    panels[1].set(xlabel="step")
+    legend(
+        figure,
+        [line for line in panels[0].lines if line.get_linewidth() == 2],
+        list(curves),
+        loc="outside upper center",
+    )
     return figure
 
 

@@ -1,7 +1,8 @@
 """Alignment of a drafter to its target: divergences between p and q, and one training step for any drafter.
 
 Divergences are per position; the caller masks and averages. They compare distributions over C outcomes: a whole
-vocabulary, or the target's largest probabilities and one tail, as the trace stores them.
+vocabulary, or the target's largest probabilities and one tail, as the trace stores them. A loss is what a place costs
+given all that a batch says of it: a divergence from the kept distribution, or, of the text alone, its likelihood.
 """
 
 from collections.abc import Callable
@@ -41,8 +42,9 @@ class AlignState(NamedTuple):
 
 
 class Aligner(NamedTuple):
-    """init: params -> state; step: (frozen, state, batch, learning rate) -> (state, metrics); evaluate: (frozen, params,
-    batch) -> sums of divergence, greedy agreement and places."""
+    """init: params -> state; step: (frozen, state, batch, learning rate, reference) -> (state, metrics), where the
+    reference is another drafter's params, or None for all places to count; evaluate: (frozen, params, batch) -> sums of
+    loss, greedy agreement and places."""
 
     init: Callable[[Any], AlignState]
     step: Callable
@@ -99,32 +101,86 @@ DIVERGENCES = {
 }
 
 
-def aligner(log_q: Callable, divergence: Callable, tx: optax.GradientTransformation) -> Aligner:
-    """Composes a drafter, a divergence and an optimiser.
+def from_kept(divergence: Callable) -> Callable:
+    """The loss that is a divergence from what is kept of p: (log_q `[R, M, V]`, batch, temperature) -> `[R, M]`.
+
+    At another temperature than 1 the kept tokens alone are compared, p and q each among them. That is exact: powers of the
+    kept probabilities are known up to their sum, while what the tail's many would add to it is not.
+    """
+
+    def loss(log_q: Array, batch: Batch, temperature: float = 1.0) -> Array:
+        if temperature == 1:
+            return divergence(coarse(log_q, batch.top_ids), batch.log_p)
+        kept = jnp.take_along_axis(log_q, batch.top_ids, axis=-1)
+        return divergence(tempered(kept, temperature), tempered(batch.log_p[..., :-1], temperature))
+
+    return loss
+
+
+def tempered(log_p: Array, temperature: float) -> Array:
+    """What logits over the temperature give, of logits or log-probabilities: p^(1 / T), normalised over the last axis."""
+    return jax.nn.log_softmax(log_p / temperature, axis=-1)
+
+
+def negative_log_likelihood(log_q: Array, batch: Batch, temperature: float = 1.0) -> Array:
+    """-log q of the token that was emitted, in nats: what a text teaches when its writer shows no distribution.
+
+    It is forward KL from a p that is certain of that token, whether or not the trace kept it: a loss, not a divergence,
+    since no distribution enters.
+    """
+    log_q = log_q if temperature == 1 else tempered(log_q, temperature)
+    return -jnp.take_along_axis(log_q, batch.emitted[..., None], axis=-1)[..., 0]
+
+
+LOSSES = {name: from_kept(own) for name, own in DIVERGENCES.items()}
+LOSSES |= {"negative_log_likelihood": negative_log_likelihood}
+
+
+def aligner(
+    log_q: Callable, loss: Callable, tx: optax.GradientTransformation, *, share: float = 1.0, parts: int = 1
+) -> Aligner:
+    """Composes a drafter, a loss and an optimiser.
 
     Args:
         log_q: (frozen, params, tokens, segments, at) -> `[R, M, V]` log-probabilities of the drafter.
-        divergence: (log_q, log_p) -> per place.
+        loss: (log_q, batch) -> per place.
         tx: turns gradients into updates of unit learning rate.
+        share: of a step's places, those that count when a reference is given, see `hardest`.
+        parts: a step's rows are read in so many parts, one after another; the gradient is that of all of them.
     """
 
-    def sums(frozen, params, batch: Batch):
+    def per_place(frozen, params, batch: Batch):
         q = log_q(frozen, params, batch.tokens, batch.segments, batch.at)
-        per_place = divergence(coarse(q, batch.top_ids), batch.log_p)
-        agree = jnp.argmax(q, axis=-1) == batch.emitted
-        total = lambda x: jnp.sum(jnp.where(batch.mask, x, 0.0))
-        return total(per_place), total(agree), jnp.sum(batch.mask)
+        return loss(q, batch), jnp.argmax(q, axis=-1) == batch.emitted
 
-    def objective(params, frozen, batch: Batch):
-        loss, agree, places = sums(frozen, params, batch)
-        places = jnp.maximum(places, 1)
-        return loss / places, {"loss": loss / places, "agreement": agree / places}
+    def sums(frozen, params, batch: Batch):
+        lost, agree = per_place(frozen, params, batch)
+        total = lambda x: jnp.sum(jnp.where(batch.mask, x, 0.0))
+        return total(lost), total(agree), jnp.sum(batch.mask)
+
+    def objective(params, frozen, batch: Batch, places: Array):
+        lost, agree, _ = sums(frozen, params, batch)
+        return lost / places, {"loss": lost / places, "agreement": agree / places}
+
+    def gradient(frozen, params, batch: Batch):
+        places = jnp.maximum(jnp.sum(batch.mask), 1)
+        of = lambda part: jax.grad(objective, has_aux=True)(params, frozen, part, places)
+        if parts == 1:
+            return of(batch)
+        return _sum_over(of, _apart(batch, parts))
+
+    def excess(frozen, params, reference, batch: Batch) -> Array:
+        worse = lambda own: per_place(frozen, params, own)[0] - per_place(frozen, reference, own)[0]
+        return jnp.swapaxes(jax.lax.map(worse, _apart(batch, parts)), 0, 1).reshape(batch.mask.shape)
 
     def init(params) -> AlignState:
         return AlignState(params, tx.init(params))
 
-    def step(frozen, state: AlignState, batch: Batch, learning_rate: Array):
-        grads, metrics = jax.grad(objective, has_aux=True)(state.params, frozen, batch)
+    def step(frozen, state: AlignState, batch: Batch, learning_rate: Array, reference=None):
+        if reference is not None:
+            own = excess(frozen, state.params, reference, batch)
+            batch = batch._replace(mask=hardest(own, batch.mask, share))
+        grads, metrics = gradient(frozen, state.params, batch)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         return AlignState(params, opt), metrics
@@ -132,11 +188,44 @@ def aligner(log_q: Callable, divergence: Callable, tx: optax.GradientTransformat
     return Aligner(init, step, sums)
 
 
+def hardest(excess: Array, mask: Array, share: float) -> Array:
+    """Which of the real places `[R, M]` count: the share of them, at least one, whose excess is the largest.
+
+    Excess is what a place costs the drafter over what it costs a reference: AdaSPEC's measure of how much is still to be
+    learnt there (https://arxiv.org/abs/2510.19779). Places are all the step's, and of equal ones the earlier count.
+    """
+    order = jnp.argsort(jnp.where(mask, -excess, jnp.inf), axis=None)
+    rank = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
+    number = jnp.maximum(jnp.round(share * jnp.sum(mask)), 1)
+    return mask & (rank.reshape(mask.shape) < number)
+
+
+def _apart(batch: Batch, parts: int) -> Batch:
+    """Rows `[R, ...]` as parts `[N, R / N, ...]`, every N-th row in a part, so that each lies over all devices."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
+
+
+def _sum_over(of: Callable, parts: Batch):
+    """The sum of `of` over parts, one at a time in memory."""
+    zeros = jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts))
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), zeros)
+    total, _ = jax.lax.scan(lambda sofar, part: (jax.tree.map(jnp.add, sofar, of(part)), None), start, parts)
+    return total
+
+
 def coarse(log_q: Array, top_ids: Array) -> Array:
     """q on the target's kept tokens and one tail: `[..., V]`, `[..., k]` -> `[..., k + 1]`."""
     kept = jnp.take_along_axis(log_q, top_ids, axis=-1)
     tail = jnp.log(jnp.maximum(1.0 - jnp.sum(jnp.exp(kept), axis=-1, keepdims=True), TINY))
     return jnp.concatenate([kept, tail], axis=-1)
+
+
+def top_and_tail(logits: Array, top: int) -> tuple[Array, Array, Array]:
+    """What is kept of p: the ids and log-probabilities of the `top` largest `[..., top]`, and the others' log-mass `[...]`."""
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    kept, ids = jax.lax.top_k(log_p, top)
+    tail = jnp.log1p(-jnp.minimum(jnp.exp(kept).sum(-1), 1 - TINY))
+    return ids, kept, tail
 
 
 def optimiser() -> optax.GradientTransformation:

@@ -38,8 +38,10 @@ class Trace:
     """Largest target probabilities kept for every emitted token; the rest is one tail mass."""
     smallest_bucket: int = 64
     """Prompts are padded to at least so many tokens; a large value means fewer programs to compile."""
-    use_responses: bool = True
-    """Take a line's `response` as the target's output; otherwise the target always decodes its own."""
+    texts: Literal["log", "target", "draft", "mix"] = "log"
+    """Who writes what is trained on: the log (a line's `response`, the target where it has none), the target, the base
+    drafter, or for each prompt one of the three, drawn with the seed. The target scores all; what a drafter wrote is in
+    the train split alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,11 @@ class Align:
         "total_variation",
         "total_variation_policy",
         "negative_log_acceptance",
+        "negative_log_likelihood",
     ] = "forward_kl"
-    """Distance from the target's distribution to the drafter's that training lowers."""
+    """What training lowers: a distance from the target's distribution to the drafter's, or -log q of its text alone."""
+    temperature: float = 1.0
+    """Temperature that target and drafter are compared at; another than 1 leaves out what the trace did not keep."""
     rank: int = 16
     """Rank of the LoRA adapters."""
     alpha: float = 32.0
@@ -85,6 +90,17 @@ class Align:
     """Packed sequences of one task in a step."""
     row_tokens: int = 256
     """Tokens in a packed sequence."""
+    accumulate: int = 1
+    """Parts that a step's rows are read in, one after another, where all at once do not fit."""
+    select: float = 1.0
+    """Share of a step's tokens that count: those where the drafter is furthest behind a reference, which is the same
+    drafter trained on all tokens first (AdaSPEC). Below 1 each drafter but the trunk is trained twice."""
+    on_policy: float = 0.0
+    """Share of a step's rows whose texts the drafters in training have written themselves, at the trace's temperature."""
+    refresh: int = 50
+    """Steps after which they write anew; it divides checkpoint_every."""
+    replay: float = 0.0
+    """Share of a specialist's rows that are of any task, so that it stays of use beside its own."""
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """Candidates for LoRA; the calibrate split chooses."""
     full_learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
@@ -219,7 +235,7 @@ def command_line(config_type: type[Config], run: Callable[[Config], None], argv:
 
 
 MAY_BE_ZERO = ("seed", "process", "lengths", "num_speculative_tokens")
-SHARES = ("trunk", "warmup", "fallback_below")
+SHARES = ("trunk", "warmup", "fallback_below", "select", "on_policy", "replay")
 
 
 def check_numbers(config: Any, prefix: str = "--") -> None:

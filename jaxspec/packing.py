@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxspec.align import Batch
-from jaxspec.store.traces import Traces
+from jaxspec.store.traces import Texts, Traces
 
 
 def pack(lengths: Sequence[int], order: Sequence[int], row_tokens: int) -> list[list[int]]:
@@ -38,13 +38,13 @@ def packed_rows(
     return rows[:number]
 
 
-def places(traces: Traces, rows: Sequence[Sequence[int]], row_tokens: int) -> int:
+def places(traces: Traces | Texts, rows: Sequence[Sequence[int]], row_tokens: int) -> int:
     """The most predicting places in any row, rounded up to a multiple of 16: the M of `Batch`."""
     most = max(sum(len(_cut(traces, i, row_tokens)[1]) for i in row) for row in rows)
     return -(-most // 16) * 16
 
 
-def as_batch(traces: Traces, rows: Sequence[Sequence[int]], row_tokens: int, room: int) -> Batch:
+def as_batch(traces: Traces | Texts, rows: Sequence[Sequence[int]], row_tokens: int, room: int) -> Batch:
     """Host arrays of packed rows; `room` is M."""
     number, k = len(rows), traces.top_ids.shape[-1]
     zeros: Callable[..., Any] = lambda *shape, dtype=np.int32: np.zeros((number, *shape), dtype)
@@ -62,7 +62,7 @@ def as_batch(traces: Traces, rows: Sequence[Sequence[int]], row_tokens: int, roo
     return batch
 
 
-def _fill(batch: Batch, r: int, traces: Traces, row: Sequence[int], row_tokens: int) -> None:
+def _fill(batch: Batch, r: int, traces: Traces | Texts, row: Sequence[int], row_tokens: int) -> None:
     start = place = 0
     room = batch.at.shape[1]
     for segment, i in enumerate(row):
@@ -80,7 +80,7 @@ def _fill(batch: Batch, r: int, traces: Traces, row: Sequence[int], row_tokens: 
         start, place = end, upto
 
 
-def _cut(traces: Traces, i: int, row_tokens: int) -> tuple[np.ndarray, np.ndarray, int]:
+def _cut(traces: Traces | Texts, i: int, row_tokens: int) -> tuple[np.ndarray, np.ndarray, int]:
     """An example's last `row_tokens` tokens, which output places they hold, and how many tokens were dropped."""
     tokens = traces.tokens[i]
     dropped = max(0, len(tokens) - row_tokens)

@@ -18,8 +18,8 @@ class LMState(NamedTuple):
     length: Array
 
 
-def lm_target(config: LMConfig, dtype=jnp.float32) -> Target:
-    """The target made of a decoder-only LM; its parameters are the LM's."""
+def lm_target(config: LMConfig, dtype=jnp.float32, vocab_size: int | None = None) -> Target:
+    """The target made of a decoder-only LM; its parameters are the LM's, `vocab_size` another's where it writes for that."""
 
     def init(params, prompt: Prompt, slots: int):
         features, cache = prefill(config, params, prompt.tokens, prompt.length, slots, dtype)
@@ -29,7 +29,7 @@ def lm_target(config: LMConfig, dtype=jnp.float32) -> Target:
     def score(params, state: LMState, window, parents, sampling):
         depth, visible = (None, None) if parents is None else tree_shape(parents)
         features, cache = extend(config, params, state.cache, window, state.length, depth=depth, visible=visible)
-        logits = unembed(config, params, features)
+        logits = unembed(config, params, features, vocab_size)
         return Scores(log_probs(logits, sampling), logits, features), state._replace(cache=cache)
 
     def commit(state: LMState, verdict, parents=None):

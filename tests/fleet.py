@@ -104,7 +104,7 @@ def training():
         hidden = forward(DRAFT, params, tokens, segments=segments)
         return jax.nn.log_softmax(unembed(DRAFT, params, jnp.take_along_axis(hidden, at[..., None], 1)), -1)
 
-    own = align.aligner(log_q, align.forward_kl, align.optimiser())
+    own = align.aligner(log_q, align.LOSSES["forward_kl"], align.optimiser())
     return own.step, own.init(weights("none").drafter.weights), _batch()
 
 

@@ -1,6 +1,7 @@
 """Laws of alignment: what divergences mean, that training lowers rejection, and that packing changes nothing."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -17,8 +18,10 @@ from jaxspec.store.huggingface import read_model
 from jaxspec.store.stages import manifest, read_arrays
 from jaxspec.store.traces import Traces, read_traces
 from train import align as stage
+from train import calibrate
 
 VOCAB = 6
+BATCH = align.Batch(*[np.zeros((1, 1), np.int32)] * 7)  # of which a test replaces what it needs
 
 
 def log_softmax(seed: int, *shape: int) -> np.ndarray:
@@ -65,8 +68,44 @@ def test_the_policy_gradient_of_total_variation_is_its_gradient_at_another_scale
     np.testing.assert_allclose(gradient_at(align.total_variation_policy, logits, log_p), expected, atol=1e-6)
 
 
-def test_a_preset_may_name_every_divergence_and_no_other():
-    assert set(get_args(get_type_hints(Align)["divergence"])) == align.DIVERGENCES.keys()
+def test_likelihood_is_forward_kl_from_certainty_and_its_gradient_is_right():
+    """Also of a token that the trace did not keep."""
+    rng = np.random.default_rng(0)
+    logits, emitted = jnp.asarray(rng.normal(size=(1, 5, VOCAB))), jnp.asarray(rng.integers(0, VOCAB, (1, 5)))
+    certain = jnp.asarray(np.tile(np.array([0.0, -1e9], np.float32), (1, 5, 1)))
+    batch = BATCH._replace(emitted=emitted, top_ids=emitted[..., None], log_p=certain)
+    lost = lambda name, x: align.LOSSES[name](jax.nn.log_softmax(x), batch)
+    np.testing.assert_allclose(lost("negative_log_likelihood", logits), lost("forward_kl", logits), rtol=1e-5)
+    unkept = batch._replace(top_ids=(emitted[..., None] + 1) % VOCAB)
+    value = lambda x: align.negative_log_likelihood(jax.nn.log_softmax(x), unkept).sum()
+    gradient, h = jax.grad(value)(logits), 1e-2  # as above
+    for v in np.ndindex(logits.shape):
+        step = jnp.zeros_like(logits).at[v].set(h)
+        assert float(gradient[v]) == pytest.approx(
+            float(value(logits + step) - value(logits - step)) / (2 * h), abs=2e-3
+        )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("name", align.LOSSES)
+def test_a_temperature_is_that_of_both_models_among_what_is_kept(name, temperature):
+    """As if both had divided their logits by it, and of the target only the kept tokens were there."""
+    p, q = (np.random.default_rng(seed).normal(size=(1, 5, VOCAB)) for seed in (0, 1))
+    ids, emitted = np.argsort(-p, -1)[..., :3], np.full((1, 5), 2)
+    log_p, log_q = (jax.nn.log_softmax(jnp.asarray(own)) for own in (p, q))
+    batch = BATCH._replace(emitted=emitted, top_ids=jnp.asarray(ids), log_p=align.coarse(log_p, jnp.asarray(ids)))
+    found = align.LOSSES[name](log_q, batch, temperature)
+    of_kept = lambda x: jax.nn.log_softmax(jnp.asarray(np.take_along_axis(x, ids, -1) / temperature))
+    if name == "negative_log_likelihood":
+        expected = -jax.nn.log_softmax(jnp.asarray(q / temperature))[..., 2]
+    else:
+        expected = align.DIVERGENCES[name](of_kept(q), of_kept(p))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(found, align.LOSSES[name](log_q, batch, 1.0), rtol=0.05)
+
+
+def test_a_preset_may_name_every_loss_and_no_other():
+    assert set(get_args(get_type_hints(Align)["divergence"])) == align.LOSSES.keys()
 
 
 def test_jensen_shannon_lies_between_its_two_ends():
@@ -94,15 +133,21 @@ def test_total_variation_is_the_rejection_rate():
     assert abs(rejected - rate) < 4 * np.sqrt(rate * (1 - rate) / number)
 
 
-@pytest.mark.parametrize("name", align.DIVERGENCES)
+@pytest.mark.parametrize("name", align.LOSSES)
 def test_every_loss_raises_acceptance(name):
+    """Of a table of which 2,000 tokens a row were emitted, and all but two outcomes kept."""
     log_p = jnp.asarray(log_softmax(4, VOCAB, VOCAB))
+    kept, emitted = (
+        jnp.argsort(-log_p, -1)[:, :-2],
+        jax.random.categorical(jax.random.key(0), log_p, shape=(2000, VOCAB)),
+    )
+    batch = BATCH._replace(emitted=emitted, top_ids=kept[None], log_p=align.coarse(log_p, kept)[None])
     tx = optax.adam(0.05)
     table = jnp.zeros((VOCAB, VOCAB))
 
     def step(carry, _):
         table, opt = carry
-        loss = lambda t: align.DIVERGENCES[name](jax.nn.log_softmax(t), log_p).mean()
+        loss = lambda t: align.LOSSES[name](jax.nn.log_softmax(jnp.broadcast_to(t, (2000, *t.shape))), batch).mean()
         updates, opt = tx.update(jax.grad(loss)(table), opt)
         return (optax.apply_updates(table, updates), opt), None
 
@@ -153,8 +198,7 @@ def test_a_step_of_the_aligner_moves_down_and_skips_masked_places():
     log = traces()
     rows = pack([len(t) for t in log.tokens], range(9), 32)
     batch = as_batch(log, rows, 32, places(log, rows, 32))
-    log_q = lambda frozen, table, tokens, segments, at: jax.nn.log_softmax(table[jnp.take_along_axis(tokens, at, 1)])
-    aligner = align.aligner(log_q, align.forward_kl, align.optimiser())
+    aligner = align.aligner(LOG_Q, align.LOSSES["forward_kl"], align.optimiser())
     state = aligner.init(jnp.zeros((VOCAB, VOCAB)))
     first, _, count = aligner.evaluate((), state.params, batch)
     assert int(count) == sum(len(t) for t in log.tokens) - log.prompt_length.sum()
@@ -163,6 +207,57 @@ def test_a_step_of_the_aligner_moves_down_and_skips_masked_places():
     assert float(aligner.evaluate((), state.params, batch)[0]) < float(first)
     spoiled = batch._replace(log_p=np.where(batch.mask[..., None], batch.log_p, 7.0))
     assert float(aligner.evaluate((), state.params, spoiled)[0]) == float(aligner.evaluate((), state.params, batch)[0])
+
+
+LOG_Q = lambda frozen, table, tokens, segments, at: jax.nn.log_softmax(table[jnp.take_along_axis(tokens, at, 1)])
+
+
+def stepped(batch, **settings):
+    """A table's gradient in one step, which plain descent of rate 1 shows."""
+    reference = settings.pop("reference", None)
+    own = align.aligner(LOG_Q, align.LOSSES["forward_kl"], optax.identity(), **settings)
+    table = jnp.asarray(log_softmax(7, VOCAB, VOCAB))
+    state, metrics = jax.jit(own.step)((), own.init(table), batch, 1.0, reference)
+    return np.asarray(table - state.params), metrics
+
+
+def packed(row_tokens: int = 16):
+    log = traces(number=40)
+    rows = pack([len(t) for t in log.tokens], range(40), row_tokens)[:12]
+    return as_batch(log, rows, row_tokens, places(log, rows, row_tokens))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.4, 0.75, 1.0])
+def test_the_tokens_furthest_behind_the_reference_count_and_no_other(share):
+    batch, reference = packed(), jnp.asarray(log_softmax(8, VOCAB, VOCAB))
+    lost = lambda table: np.asarray(align.LOSSES["forward_kl"](LOG_Q((), table, *batch[:3]), batch))
+    excess = np.where(batch.mask, lost(jnp.asarray(log_softmax(7, VOCAB, VOCAB))) - lost(reference), -np.inf)
+    number = max(1, round(share * batch.mask.sum()))
+    best = sorted(np.ndindex(excess.shape), key=lambda place: -excess[place])[:number]
+    chosen = np.zeros_like(batch.mask)
+    chosen[tuple(np.transpose(best))] = True
+    np.testing.assert_array_equal(align.hardest(jnp.asarray(excess), jnp.asarray(batch.mask), share), chosen)
+    assert (share == 1) == (chosen == batch.mask).all()
+    # The same places by one program that finds them and one that is told: the same numbers bit for bit.
+    for ours, theirs in zip(stepped(batch, share=share, reference=reference), stepped(batch._replace(mask=chosen))):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_of_equal_tokens_the_earlier_count():
+    mask = jnp.array([[False, True, True], [True, False, True]])
+    assert align.hardest(jnp.zeros((2, 3)), mask, 0.5).tolist() == [[False, True, True], [False, False, False]]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+@pytest.mark.parametrize("parts", [2, 3, 12])
+def test_rows_read_in_parts_have_the_gradient_of_all_of_them(parts, share):
+    reference = None if share == 1 else jnp.asarray(log_softmax(8, VOCAB, VOCAB))
+    batch = packed()
+    assert np.ptp(batch.mask.sum(1)) > 0  # else a mean of the parts' means would pass
+    ours, theirs = (stepped(batch, share=share, reference=reference, parts=own) for own in (parts, 1))
+    # Means of at most `mask.sum()` terms below 1 in another order.
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=batch.mask.sum() * np.finfo(np.float32).eps)
 
 
 def test_a_rate_falls_to_a_tenth_unless_another_run_goes_on_from_there():
@@ -197,3 +292,18 @@ def test_without_a_trunk_specialists_start_from_the_base(finished, out_with):
     stage.run(dataclasses.replace(finished, out=str(out), align=spec))
     assert manifest(str(out), "align")["results"].keys() >= {"bank_lora", "mixed_lora", "mixed_full", "mixed"}
     assert not (out / "align" / "trunk.safetensors").exists()
+
+
+def test_the_pool_keeps_the_curves_of_every_course_and_each_step_once(finished, tmp_path):
+    curves = manifest(finished.out, "pool")["results"]["curves"]
+    assert list(curves) == ["trunk", "bank_lora", "mixed_lora", "mixed_full"]
+    assert {name: own["step"] for name, own in curves.items()} == {
+        "trunk": [6], "bank_lora": [2], "mixed_lora": [10, 12], "mixed_full": [6]
+    }  # fmt: skip
+    assert [len(own["loss"][0]) for own in curves.values()] == [1, 3, 1, 1]
+    said = [("bank", 10, 0.5), ("bank", 20, 0.4), ("bank", 20, 0.3), ("mixed", 10, 0.9)]  # killed and gone on
+    lines = [json.dumps({"course": c, "step": s, "loss": [x], "agreement": [1 - x]}) for c, s, x in said]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = calibrate._curves(tmp_path / "metrics.jsonl")
+    assert found["bank"] == {"step": [10, 20], "loss": [[0.5], [0.3]], "agreement": [[0.5], [0.7]]}
+    assert found["mixed"]["step"] == [10]

@@ -31,6 +31,7 @@ ALLOWED = {
     "tasks": {"store"},
     "packing": {"align", "store"},
     "forced": {"packing", "requests", "store", "transformer"},
+    "writing": {"align", "drafters", "requests", "speculate", "store", "target", "transformer", "types", "verify"},
     "merging": set(),
     "serving": {
         "adapters",

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from decode import report
+from jaxspec.config import UserError
 
 METHODS = ["autoregressive", "base", "mixed", "routed", "random", "wrong", "oracle"]
 SHOWN = {
@@ -20,7 +21,7 @@ SHOWN = {
     "Speedup against autoregressive": "speedup_vs_autoregressive",
     "Speedup against base": "speedup_vs_base",
 }
-PLOTS = ["draft_accuracy", "speedup", "acceptance_by_position", "router_confusion", "clusters"]
+PLOTS = ["draft_accuracy", "speedup", "acceptance_by_position", "router_confusion", "clusters", "training"]
 EVIL = "<script>alert('$\\x$')</script>&\"><img src=http://x>"
 
 
@@ -53,6 +54,10 @@ def make_bench(tasks=("code", "sql"), methods=("autoregressive", "base", "routed
         "clusters": {
             "points": rng.normal(size=(num_points, 2)).tolist(), "cluster": cluster,
             "task": [tasks[i] for i in cluster], "names": [f"cluster-{i}" for i in range(len(tasks))],
+        },
+        "curves": {
+            name: {"step": [10, 20, 25], **{field: rng.random((3, own)).tolist() for field in ("loss", "agreement")}}
+            for name, own in (("trunk", 1), ("bank", len(tasks)))
         },
     }  # fmt: skip
 
@@ -181,7 +186,13 @@ def test_null_is_a_dash_and_never_a_bar(monkeypatch):
 
 @pytest.mark.parametrize(
     ("part", "lost"),
-    [("tasks", []), ("mean", []), ("router", ["router_confusion"]), ("clusters", ["clusters"])],
+    [
+        ("tasks", []),
+        ("mean", []),
+        ("router", ["router_confusion"]),
+        ("clusters", ["clusters"]),
+        ("curves", ["training"]),
+    ],
 )
 def test_a_part_that_is_null_costs_its_own_plot_only(part, lost):
     bench = make_bench() | {part: None}
@@ -192,7 +203,9 @@ def test_a_part_that_is_null_costs_its_own_plot_only(part, lost):
 
 def test_any_condition_may_be_null():
     bench = make_bench()
-    conditions = {field: None for field in bench if field not in ("schema", "tasks", "mean", "router", "clusters")}
+    conditions = {
+        field: None for field in bench if field not in ("schema", "tasks", "mean", "router", "clusters", "curves")
+    }
     assert "".join(read_page(bench | conditions).text).count(report.DASH) == len(conditions)
 
 
@@ -201,7 +214,7 @@ def test_a_bench_of_nulls_says_what_it_leaves_out(tmp_path):
     for row in [*empty["tasks"].values(), empty["mean"]]:
         row.update({method: dict.fromkeys(fields) for method, fields in row.items()})
     write_report(tmp_path, full)
-    out = write_report(tmp_path, empty | {"router": None, "clusters": None})  # over the full one
+    out = write_report(tmp_path, empty | {"router": None, "clusters": None, "curves": None})  # over the full one
     text = (out / "report.html").read_text()
     assert not list(out.glob("*.png"))
     assert all(f"{name}.png" in text for name in PLOTS)
@@ -240,6 +253,25 @@ def test_confusion_compares_shares_not_counts(monkeypatch):
     np.testing.assert_allclose(first, [0.25, 0.75, 0.0])
     np.testing.assert_allclose(second, first)
     assert [text.get_text() for text in axis.texts] == ["1", "3", "0", "100", "300", "0"]
+
+
+def test_training_is_drawn_step_by_step_as_the_mean_of_a_courses_drafters(monkeypatch):
+    bench = make_bench(tasks=("code", "sql", "chat"))
+    figure = draw_figures(bench, monkeypatch)[PLOTS.index("training")]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(bench["curves"])
+    for axis, field in zip(figure.axes, ("loss", "agreement"), strict=True):
+        trunk, bank = (np.array(own[field]) for own in bench["curves"].values())
+        lines = [trunk[:, 0], bank.mean(1), *bank.T]
+        assert len(axis.lines) == len(lines) and axis.get_ylabel() == field
+        for drawn, expected in zip(axis.lines, lines, strict=True):
+            np.testing.assert_allclose(drawn.get_xydata(), np.stack([[10, 20, 25], expected], 1))
+
+
+def test_curves_of_different_lengths_are_refused(tmp_path):
+    bench = make_bench()
+    bench["curves"]["bank"]["loss"].pop()
+    with pytest.raises(UserError, match="the curves of bank do not belong together"):
+        write_report(tmp_path, bench)
 
 
 @pytest.mark.parametrize("num_tasks", [1, 8])

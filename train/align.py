@@ -5,8 +5,8 @@
 The specialists, LoRA adapters or full fine-tunes, start from the base, or from a trunk that has seen the union, and are trained
 side by side. `mixed` sees the union for as many steps x tokens as trunk and specialists together, as LoRA of the bank's rank
 and as a full fine-tune, which goes on from the trunk where there is one; the better on the calibrate split is kept. The
-target never runs. With `--distributed` it is one training over the devices of all hosts, which see the same folders and of
-which the first writes.
+target runs only to score what drafters in training have written themselves (`--align.on-policy`). With `--distributed` it is
+one training over the devices of all hosts, which see the same folders and of which the first writes.
 """
 
 import json
@@ -23,15 +23,17 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxspec import sharding
-from jaxspec.adapters import Whole, init_bank, scaled
-from jaxspec.align import DIVERGENCES, Aligner, AlignState, Batch, aligner, optimiser, schedule
-from jaxspec.config import Experiment, UserError, command_line, plain
+from jaxspec.adapters import Whole, init_bank, merge, scaled
+from jaxspec.align import LOSSES, Aligner, AlignState, Batch, aligner, optimiser, schedule
+from jaxspec.config import Align, Experiment, UserError, command_line, plain
 from jaxspec.forced import log_q
 from jaxspec.packing import as_batch, packed_rows, places
 from jaxspec.store.huggingface import Model, read_config, read_model
+from jaxspec.store.models import read_pair
 from jaxspec.store.stages import finish, is_writer, manifest, open_stage, read_arrays, write_json
-from jaxspec.store.traces import Traces, check_models, read_traces
+from jaxspec.store.traces import Texts, Traces, check_models, read_traces
 from jaxspec.store.trees import Checkpoints, write_tree
+from jaxspec.writing import Writer
 
 CALIBRATE_ROWS = 8
 LOGITS = 1 << 32  # bytes of logits of the drafters that are trained in one product
@@ -58,11 +60,10 @@ class Course(NamedTuple):
 
 def run(experiment: Experiment) -> None:
     """Writes `out/align`: `bank.safetensors`, `mixed.safetensors`, with a trunk `trunk.safetensors`, and `metrics.jsonl`."""
-    spec = experiment.align
-    if spec.trunk and round(spec.trunk * spec.steps) == spec.steps:
-        raise UserError(f"--align.trunk {spec.trunk} leaves the specialists no step of {spec.steps}; give less than 1")
     if experiment.distributed:
         sharding.start()
+    mesh = _mesh(experiment)
+    _check(experiment, mesh)
     parents = {name: manifest(experiment.out, name)["digest"] for name in ("trace", "partition")}
     config = {"align": plain(experiment.align), "dtype": experiment.dtype, "seed": experiment.seed}
     stage = open_stage(experiment.out, "align", config=config, parents=parents)
@@ -74,10 +75,9 @@ def run(experiment: Experiment) -> None:
     draft = read_model(experiment.draft, jnp.dtype(experiment.dtype))
     vocab_size = read_config(experiment.target).vocab_size
     results: dict[str, dict] = {}
-    mesh = _mesh(experiment)
-    sharding.check_rows(experiment.align.rows, mesh, "--align.rows")
+    write = _writing(experiment, traces, draft, mesh) if experiment.align.on_policy else None
     for course in _courses(experiment, traces, partition, draft, vocab_size, results):
-        results[course.name] = _train(experiment, traces, course, stage.folder, mesh)
+        results[course.name] = _selected(experiment, traces, course, stage.folder, mesh, write)
     params = {name: result.pop("params") for name, result in results.items()}
     best = lambda kind: max((own for own in results if own.startswith(kind)), key=lambda own: results[own]["agreement"])
     bank, mixed = best("bank"), best("mixed")
@@ -95,6 +95,42 @@ def run(experiment: Experiment) -> None:
         said = f"agreement {result['before']:.3f} -> {result['agreement']:.3f}"
         print(f"align: {name}: {said} on the calibrate split, learning rate {result['learning_rate']:g}")
     print(f"align: the specialists are {bank}, mixed is {mixed}")
+
+
+def _check(experiment: Experiment, mesh: Mesh) -> None:
+    """Raises UserError for settings that do not belong together."""
+    spec = experiment.align
+    if spec.trunk and round(spec.trunk * spec.steps) == spec.steps:
+        raise UserError(f"--align.trunk {spec.trunk} leaves the specialists no step of {spec.steps}; give less than 1")
+    sharding.check_rows(spec.rows, mesh, "--align.rows")
+    if spec.rows % spec.accumulate:
+        raise UserError(
+            f"--align.accumulate {spec.accumulate} does not divide --align.rows {spec.rows}; give one that does"
+        )
+    sharding.check_rows(spec.rows // spec.accumulate, mesh, "a part, --align.rows over --align.accumulate,")
+    for name, share in {"on-policy": spec.on_policy, "replay": spec.replay}.items():
+        if share and not _rows_of(spec, share):
+            raise UserError(
+                f"--align.{name} {share} of --align.rows {spec.rows} is no row; give {1 / spec.rows} or more"
+            )
+    if not spec.temperature:
+        raise UserError(
+            "--align.temperature 0.0 leaves nothing to compare; give a number above 0, 1 for the models' own"
+        )
+    if not spec.select:
+        raise UserError("--align.select 0.0 leaves no token to learn from; give a share above 0, 1 for all tokens")
+    if spec.on_policy and spec.checkpoint_every % spec.refresh:
+        raise UserError(
+            f"--align.refresh {spec.refresh} does not divide --align.checkpoint-every {spec.checkpoint_every}, after "
+            "which a killed run could not write its texts again; give one that does"
+        )
+    if spec.on_policy and experiment.distributed:
+        raise UserError("--align.on-policy needs the target on this host alone; leave --distributed out")
+
+
+def _rows_of(spec: Align, share: float) -> int:
+    """A share of a step's rows."""
+    return round(share * spec.rows)
 
 
 def _mesh(experiment: Experiment) -> Mesh:
@@ -131,8 +167,8 @@ def _courses(
     long = tasks * spec.steps
     shared = round(spec.trunk * spec.steps)
     rest = spec.steps - shared
-    specialists = [rows(own(0, t), rest * spec.rows) for t in range(tasks)]
     everything = rows(union(0), long * spec.rows)
+    specialists = [_replayed(spec, rows(own(0, t), rest * spec.rows), everything) for t in range(tasks)]
     first, then = everything[: tasks * shared * spec.rows], everything[tasks * shared * spec.rows :]
     held = [rows(own(1, t), CALIBRATE_ROWS) for t in range(tasks)]
     held_union = [[row for rows_of_task in held for row in rows_of_task]]
@@ -157,13 +193,21 @@ def _courses(
         yield Course("mixed_full", full, (), masters, [then], held_union, tasks * rest, spec.full_learning_rates)
 
 
+def _replayed(spec: Align, rows: list[list[int]], union: list[list[int]]) -> list[list[int]]:
+    """A specialist's rows, of which the first of every step are the union's."""
+    foreign = _rows_of(spec, spec.replay)
+    return [other if i % spec.rows < foreign else own for i, (own, other) in enumerate(zip(rows, union, strict=False))]
+
+
 def _only(tree: Any) -> Any:
     """What is stacked for one drafter."""
     return jax.tree.map(lambda x: x[0], tree)
 
 
 def _aligner(experiment: Experiment, log_q: Callable) -> Aligner:
-    return aligner(log_q, DIVERGENCES[experiment.align.divergence], optimiser())
+    spec = experiment.align
+    loss = partial(LOSSES[spec.divergence], temperature=spec.temperature)
+    return aligner(log_q, loss, optimiser(), share=spec.select, parts=spec.accumulate)
 
 
 def _lora_log_q(draft: Model, scale: float, vocab_size: int, frozen, adapter, tokens, segments, at):
@@ -176,23 +220,66 @@ def _full_log_q(draft: Model, vocab_size: int, frozen, params, tokens, segments,
     return log_q(draft.config, weights, None, tokens, segments, at, vocab_size)
 
 
-def _train(experiment: Experiment, traces: Traces, course: Course, folder: Path, mesh: Mesh) -> dict:
+def _writing(experiment: Experiment, traces: Traces, draft: Model, mesh: Mesh) -> Callable[..., Texts]:
+    """(a course's frozen, its params, which of its drafters, examples, step) -> that drafter's texts, scored."""
+    pair = read_pair(experiment.target, experiment.draft, experiment.dtype, mesh)
+    traced = manifest(experiment.out, "trace")["config"]["trace"]
+    placed = {"temperature": traced["temperature"], "rows": traced["batch"], "placement": sharding.over(mesh)}
+    writer, scale = Writer(pair, traces, **placed), experiment.align.alpha / experiment.align.rank
+
+    def write(frozen, params, drafter: int, examples: Sequence[int], step: int) -> Texts:
+        full = lambda: jax.tree.map(lambda master, leaf: master[drafter].astype(leaf.dtype), params, draft.params)
+        weights = merge(frozen, scaled(params, scale), drafter) if frozen else full()
+        seed = np.random.default_rng((experiment.seed, drafter, step)).integers(2**31).item()
+        return writer.texts(weights, examples, seed)
+
+    return write
+
+
+def _selected(
+    experiment: Experiment, traces: Traces, course: Course, folder: Path, mesh: Mesh, write: Callable | None
+) -> dict:
+    """Trains; where tokens are selected, once on all of them before, which makes the reference and finds the rate.
+
+    AdaSPEC trains its reference likewise from where the drafter starts. From a reference that is that start, the base or the
+    trunk, only tokens that have become worse would stand out. A trunk, from which others go on, sees all tokens.
+    """
+    train = partial(_train, experiment, traces, folder=folder, mesh=mesh, write=write)
+    if experiment.align.select == 1 or not course.falls:
+        return train(course)
+    first = train(course._replace(name=f"{course.name}_reference"))
+    return train(course._replace(rates=(first["learning_rate"],)), reference=first["params"])
+
+
+def _train(
+    experiment: Experiment,
+    traces: Traces,
+    course: Course,
+    *,
+    folder: Path,
+    mesh: Mesh,
+    write: Callable | None,
+    reference: Any = None,
+) -> dict:
     """Chooses the learning rate, trains, and says what the calibrate split thinks of it; resumes where it was killed."""
     spec = experiment.align
     course = course._replace(frozen=_whole(course.frozen, mesh), params=_whole(course.params, mesh))
     room = places(traces, [row for rows in [*course.train, *course.held] for row in rows], spec.row_tokens)
     side_by_side = jax.jit(partial(_each, course.aligner.step), donate_argnums=1)
     evaluate = jax.jit(partial(_each_evaluate, course.aligner.evaluate))
-    as_rows = partial(_stack, traces, row_tokens=spec.row_tokens, room=room, mesh=mesh)
-    held = [as_rows(course.held, at, spec.rows) for at in range(0, len(course.held[0]), spec.rows)]
+    pack = partial(as_batch, traces, row_tokens=spec.row_tokens, room=room)
+    groups = range(0, len(course.held[0]), spec.rows)
+    held = [_stack([pack(own[at : at + spec.rows]) for own in course.held], mesh) for at in groups]
 
     def judge(params) -> tuple[float, float]:
         sums = np.sum([jax.device_get(evaluate(course.frozen, params, batch)) for batch in held], axis=0)
         divergence, agreement, count = sums  # [D] each
         return float((divergence / count).mean()), float((agreement / count).mean())
 
+    feed = _feeding(spec, traces, course, room, mesh, write)
+
     def advance(state: AlignState, step: int, rate):
-        return side_by_side(course.frozen, state, as_rows(course.train, step * spec.rows, spec.rows), rate)
+        return side_by_side(course.frozen, state, feed(step, state.params), rate, reference)
 
     before = judge(course.params)
     fresh = lambda: _whole(_fresh(course), mesh)
@@ -244,10 +331,10 @@ def _whole(tree: Any, mesh: Mesh) -> Any:
     return sharding.place(tree, sharding.param_specs(tree, "drafter"), mesh)
 
 
-def _each(step: Callable, frozen, state: AlignState, batch: Batch, rate):
+def _each(step: Callable, frozen, state: AlignState, batch: Batch, rate, reference):
     """One step of every drafter."""
-    one = lambda own: step(frozen, own[0], own[1], rate)
-    return jax.lax.map(one, (state, batch), batch_size=_together(batch, frozen or state.params))
+    one = lambda own: step(frozen, own[0], own[1], rate, own[2])
+    return jax.lax.map(one, (state, batch, reference), batch_size=_together(batch, frozen or state.params))
 
 
 def _each_evaluate(evaluate: Callable, frozen, params, batch: Batch):
@@ -263,10 +350,36 @@ def _together(batch: Batch, weights: Any) -> int | None:
     return max(1, min(len(batch.tokens), LOGITS // (4 * places * vocab_size)))
 
 
-def _stack(
-    traces: Traces, rows: Sequence[list], start: int, number: int, *, row_tokens: int, room: int, mesh: Mesh
-) -> Batch:
-    batches = [as_batch(traces, own[start : start + number], row_tokens, room) for own in rows]
+def _feeding(
+    spec: Align, traces: Traces, course: Course, room: int, mesh: Mesh, write: Callable | None
+) -> Callable[[int, Any], Batch]:
+    """(step, params) -> the step's batch: stored texts, and in its last rows what the drafters now say to those prompts.
+
+    They say it anew every `spec.refresh` steps; steps are fed in order from one at which they do.
+    """
+    pack = partial(as_batch, row_tokens=spec.row_tokens, room=room)
+    stored = spec.rows - _rows_of(spec, spec.on_policy)
+    given = lambda plan, step: plan[step * spec.rows : step * spec.rows + stored]
+    asked = lambda plan, step: plan[step * spec.rows + stored : (step + 1) * spec.rows]
+    said: list[tuple[dict[int, int], Texts]] = []
+
+    def feed(step: int, params) -> Batch:
+        batches = [pack(traces, given(plan, step)) for plan in course.train]
+        if write and step % spec.refresh == 0:
+            upto = range(step, min(step + spec.refresh, course.steps))
+            wanted = [sorted({i for now in upto for row in asked(plan, now) for i in row}) for plan in course.train]
+            texts = (write(course.frozen, params, drafter, own, step) for drafter, own in enumerate(wanted))
+            said[:] = [({i: n for n, i in enumerate(own)}, new) for own, new in zip(wanted, texts, strict=True)]
+        for drafter, (place, texts) in enumerate(said):
+            rows = [[place[i] for i in row] for row in asked(course.train[drafter], step)]
+            batches[drafter] = jax.tree.map(lambda *leaves: np.concatenate(leaves), batches[drafter], pack(texts, rows))
+        return _stack(batches, mesh)
+
+    return feed
+
+
+def _stack(batches: list[Batch], mesh: Mesh) -> Batch:
+    """Batches of several drafters, `[D, R, ...]`, in their place."""
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
     return sharding.place(stacked, sharding.column_specs(stacked, mesh), mesh)
 

@@ -141,7 +141,20 @@ def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
         "fallback_below": experiment.router.fallback_below,
         "max_new_tokens": experiment.trace.max_new_tokens,
         "max_prompt_tokens": experiment.trace.max_prompt_tokens,
+        "curves": _curves(Path(experiment.out, "align", "metrics.jsonl")),
     }
+
+
+def _curves(file: Path) -> dict[str, dict[str, list]]:
+    """Of every course of alignment `step`, and at each of them `loss` and `agreement` of its drafters."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    last = {(line["course"], line["step"]): line for line in lines}  # a killed run has said some steps twice
+    curves: dict[str, dict[str, list]] = {}
+    for line in last.values():
+        own = curves.setdefault(line["course"], {"step": [], "loss": [], "agreement": []})
+        for name, column in own.items():
+            column.append(line[name])
+    return curves
 
 
 def _labels(traces: Traces, partition: dict, tasks: int) -> list[str | None]:

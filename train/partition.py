@@ -14,11 +14,8 @@ import numpy as np
 from jaxspec.config import Experiment, UserError, command_line, plain
 from jaxspec.store.huggingface import read_tokenizer
 from jaxspec.store.stages import finish, manifest, open_stage, write_arrays, write_whole
-from jaxspec.store.traces import Traces, read_traces
+from jaxspec.store.traces import Traces, read_traces, split_of
 from jaxspec.tasks import assign, clean, cluster, encoder_features, purity_and_nmi, tfidf_features, top_terms
-
-SPLITS = ("train", "calibrate", "test")
-SHARES = (0.8, 0.9)
 
 
 class Found(NamedTuple):
@@ -44,6 +41,7 @@ def run(experiment: Experiment) -> None:
     if stage.complete:
         return print(f"partition: complete in {stage.folder}")
     traces = read_traces(experiment.out)
+    _check_seed(experiment, parent["config"])
     texts = _texts(experiment, traces)
     found = find(experiment, traces, texts)
     labels = [line["task"] for line in traces.log]
@@ -63,7 +61,7 @@ def run(experiment: Experiment) -> None:
 def find(experiment: Experiment, traces: Traces, texts: Sequence[str]) -> Found:
     """Splits the log, clusters its train part, and gives every prompt its nearest centroid."""
     spec = experiment.partition
-    split = _split(len(traces.log), experiment.seed)
+    split = split_of(len(traces.log), experiment.seed)
     train = split == 0
     if spec.num_clusters is not None and spec.num_clusters > train.sum():
         raise UserError(
@@ -83,9 +81,13 @@ def find(experiment: Experiment, traces: Traces, texts: Sequence[str]) -> Found:
     return Found(task, assign(both, means), split, centroids, silhouettes)
 
 
-def _split(number: int, seed: int) -> np.ndarray:
-    order = np.random.default_rng(seed).permutation(number) / number
-    return np.digitize(order, SHARES)
+def _check_seed(experiment: Experiment, traced: dict) -> None:
+    """The trace kept drafters' texts out of the splits that its own seed draws."""
+    if experiment.seed != traced["seed"] and traced["trace"]["texts"] in ("draft", "mix"):
+        raise UserError(
+            f"--seed {experiment.seed} splits the log otherwise than the trace's seed {traced['seed']}, and texts that the "
+            f"drafter wrote would be measured on; give --seed {traced['seed']}"
+        )
 
 
 def _features(experiment: Experiment, traces: Traces, texts: Sequence[str], train: np.ndarray) -> np.ndarray:

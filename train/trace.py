@@ -2,9 +2,10 @@
 
     python -m train.trace --config configs/testbed.py --target ... --draft ... --prompts ... --out runs/testbed
 
-For every prompt: its tokens and the target's output, what the base drafter proposed and whether it was accepted, the
-target's pooled features, and its largest probabilities with the tail's mass for every emitted token. One shard a batch;
-a killed run goes on with the first batch that has no shard.
+For every prompt: its tokens and the output, what the base drafter proposed and whether it was accepted, the target's
+pooled features, and its largest probabilities with the tail's mass for every emitted token. Outputs are the target's, or
+those of the log or of the drafter, which the target reads. One shard a batch; a killed run goes on with the first batch that
+has no shard.
 """
 
 import json
@@ -18,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxspec import sharding, verify
+from jaxspec.align import top_and_tail
 from jaxspec.config import Experiment, Trace, UserError, command_line, plain
 from jaxspec.drafters import lm_drafter
 from jaxspec.drafters.lm import LMDrafterParams
@@ -28,9 +30,11 @@ from jaxspec.slots import pool_features
 from jaxspec.store.models import Pair, encode, read_pair
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import Stage, digest_of, finish, open_stage, write_arrays, write_whole
+from jaxspec.store.traces import split_of
 from jaxspec.target import lm_target
 from jaxspec.transformer import forward, unembed
 from jaxspec.types import Placement
+from jaxspec.writing import Author, answering
 
 FEWEST = 10  # below that a tenth of the log is less than a prompt
 REFILLS = 4  # requests that a slot serves in one shard
@@ -53,13 +57,20 @@ def run(experiment: Experiment) -> None:
     jobs = _jobs(experiment, pair, lines, requests)
     decode = _decoding(experiment, pair, sharding.over(mesh))
     read = _reading(experiment, pair, sharding.over(mesh))
+    write = _writing(experiment, pair, sharding.over(mesh))
     tokens = 0
     with tqdm(total=len(lines), desc="trace", unit="prompt") as bar:
-        for number, (is_forced, rows) in enumerate(jobs):
+        for number, (source, rows) in enumerate(jobs):
             file = stage.folder / f"shard-{number:05d}.npz"
             if not file.exists():
                 own = [requests[i] for i in rows]
-                arrays = read(own, [_response(pair, lines[i]) for i in rows]) if is_forced else decode(own)
+                if source == "target":
+                    arrays = decode(own)
+                elif source == "log":
+                    arrays = read(own, [_response(pair, lines[i]) for i in rows])
+                else:  # along its own text the drafter is right by definition, which says nothing of acceptance
+                    nothing = np.zeros(len(rows), np.int64)
+                    arrays = read(own, write(own)) | {"drafted": nothing, "accepted": nothing}
                 write_arrays(file, {"row": np.array(rows), **arrays})
                 tokens += int((arrays["length"] - arrays["prompt_length"]).sum())
             bar.update(len(rows))
@@ -112,20 +123,28 @@ def _fitting(experiment: Experiment, pair: Pair, lines: Sequence[Line]):
 
 
 def _jobs(experiment: Experiment, pair: Pair, lines: Sequence[Line], requests: Sequence[Request]):
-    """Shards as (whether their responses are given, rows): by prompt bucket to decode, by whole length to read."""
+    """Shards as (who writes their outputs, rows): by prompt bucket to decode, by whole length to read."""
     spec = experiment.trace
-    forced = [spec.use_responses and line.response is not None for line in lines]
-    free = [i for i, is_forced in enumerate(forced) if not is_forced]
-    shards = lambda rows, size: [rows[at : at + size] for at in range(0, len(rows), size)]
+    sources = _sources(spec, lines, experiment.seed)
+    of = lambda source: [i for i, own in enumerate(sources) if own == source]
+    shards = lambda source, rows, size: [(source, rows[at : at + size]) for at in range(0, len(rows), size)]
     bucket = lambda i: bucket_of(len(requests[i].ids), spec.smallest_bucket)
-    decoded = shards(sorted(free, key=bucket), REFILLS * spec.batch)
-    whole = {
-        i: len(requests[i].ids) + min(len(_response(pair, lines[i])), spec.max_new_tokens)
-        for i, is_forced in enumerate(forced)
-        if is_forced
-    }
-    read = sorted(whole, key=whole.__getitem__)
-    return [(False, rows) for rows in decoded] + [(True, rows) for rows in shards(read, spec.batch)]
+    whole = {i: len(requests[i].ids) + min(len(_response(pair, lines[i])), spec.max_new_tokens) for i in of("log")}
+    return [
+        *shards("target", sorted(of("target"), key=bucket), REFILLS * spec.batch),
+        *shards("log", sorted(whole, key=whole.__getitem__), spec.batch),
+        *shards("draft", sorted(of("draft"), key=lambda i: len(requests[i].ids)), spec.batch),
+    ]
+
+
+def _sources(spec: Trace, lines: Sequence[Line], seed: int) -> list[str]:
+    """Who writes each line's output: `log`, `target` or `draft`, and this never where acceptance will be measured."""
+    drawn = np.random.default_rng((seed, 1)).choice(["log", "target", "draft"], len(lines))
+    asked = drawn.tolist() if spec.texts == "mix" else [spec.texts] * len(lines)
+    if spec.texts in ("draft", "mix"):
+        asked = ["target" if held else own for own, held in zip(asked, split_of(len(lines), seed) > 0, strict=True)]
+    said = lambda own, line: "target" if own == "log" and line.response is None else own
+    return [said(own, line) for own, line in zip(asked, lines, strict=True)]
 
 
 def _response(pair: Pair, line: Line) -> list[int]:
@@ -204,24 +223,15 @@ def recording(room: int, top: int, width: int) -> Recorder:
     return Recorder(init, fold)
 
 
-def top_and_tail(logits: jax.Array, top: int):
-    """The `top` largest log-probabilities with their ids, and the log-mass of all the others."""
-    log_p = jax.nn.log_softmax(logits, axis=-1)
-    kept, ids = jax.lax.top_k(log_p, top)
-    tail = jnp.log1p(-jnp.minimum(jnp.exp(kept).sum(-1), 1 - 1e-7))
-    return ids, kept, tail
-
-
 def _reading(experiment: Experiment, pair: Pair, placement: Placement):
-    """(requests, responses) -> arrays, by one teacher-forced pass of both models: the log's responses taken as output."""
+    """(requests, responses) -> arrays, by one teacher-forced pass of both models: outputs that are written already."""
     spec = experiment.trace
     target, draft = pair.target.config, pair.draft.config
 
     @partial(jax.jit, static_argnames="room")
     def score(target_params, draft_params, tokens, prompt_length, length, room):
         hidden = forward(target, target_params, tokens)
-        at = jnp.minimum(prompt_length[:, None] - 1 + jnp.arange(room), tokens.shape[1] - 1)
-        along = lambda x: jnp.take_along_axis(x, at[..., None], axis=1)
+        along = partial(answering, prompt_length=prompt_length, room=room)
         top = top_and_tail(unembed(target, target_params, along(hidden)), spec.top_logits)
         guess = unembed(draft, draft_params, along(forward(draft, draft_params, tokens)), pair.vocab_size)
         answered = (jnp.arange(room) < (length - prompt_length)[:, None])[..., None]
@@ -247,6 +257,23 @@ def _reading(experiment: Experiment, pair: Pair, placement: Placement):
         return arrays | {"draft_features": _bag(pair.target.params, arrays["draft"])}
 
     return read
+
+
+def _writing(experiment: Experiment, pair: Pair, placement: Placement):
+    """requests -> outputs, by the base drafter alone."""
+    spec = experiment.trace
+    author = Author(
+        pair.draft.config,
+        vocab_size=pair.vocab_size,
+        stop_tokens=pair.stop_tokens,
+        rows=spec.batch,
+        bucket=bucket_of(spec.max_prompt_tokens, spec.smallest_bucket),
+        most=spec.max_new_tokens,
+        sampled=spec.temperature > 0,
+        dtype=jnp.dtype(experiment.dtype),
+        placement=placement,
+    )
+    return partial(author.answers, pair.draft.params)
 
 
 def _simulate(guess: np.ndarray, outputs: Sequence[list[int]], k: int) -> dict[str, np.ndarray]:

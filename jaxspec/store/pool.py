@@ -121,13 +121,8 @@ def find_pool(path: str) -> tuple[Path, dict, str]:
         raise UserError(f"{path!r} holds the stage {manifest.get('stage')!r}, not a pool; give OUT/pool")
     if "acceptance_length" not in manifest["results"]:
         raise UserError(f"{path!r} was made by an earlier version; remove it and run `python -m train.calibrate` again")
-    before = {
-        "trunk": False,
-        "specialists": "bank_lora",
-        "training": None,
-        "further": {},
-    }  # what pools of earlier versions do not say
-    return folder, {**before, **manifest["results"]}, manifest["digest"]
+    earlier = {"trunk": False, "specialists": "bank_lora", "training": None, "curves": None, "further": {}}
+    return folder, {**earlier, **manifest["results"]}, manifest["digest"]
 
 
 def draft_length(facts: Mapping[str, Any], asked: int | None = None, least: int = 0) -> int:

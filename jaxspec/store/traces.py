@@ -13,6 +13,18 @@ from jaxspec.store.huggingface import digest
 from jaxspec.store.stages import manifest, read_arrays
 
 PARTS = ("prompt", "draft", "output")
+SPLITS = ("train", "calibrate", "test")
+SHARES = (0.8, 0.9)
+
+
+class Texts(NamedTuple):
+    """N texts that the target has scored, with O output places and k kept probabilities; see `Traces`."""
+
+    tokens: list[npt.NDArray[np.int32]]
+    prompt_length: np.ndarray
+    top_ids: np.ndarray
+    top_log_p: np.ndarray
+    tail_log_p: np.ndarray
 
 
 class Traces(NamedTuple):
@@ -37,6 +49,12 @@ class Traces(NamedTuple):
 
     def outputs(self) -> Iterator[np.ndarray]:
         return (own[n:] for own, n in zip(self.tokens, self.prompt_length, strict=True))
+
+
+def split_of(number: int, seed: int) -> np.ndarray:
+    """Each prompt's split `[N]`, an index in SPLITS, drawn with the seed."""
+    order = np.random.default_rng(seed).permutation(number) / number
+    return np.digitize(order, SHARES)
 
 
 def check_models(out: str, **paths: str) -> None:
