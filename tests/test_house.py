@@ -20,7 +20,7 @@ ALLOWED = {
     "encoder": set(),
     "verify": {"types", "sampling"},
     "target": {"types", "sampling", "transformer"},
-    "drafters": {"types", "sampling", "transformer", "adapters", "drafters"},
+    "drafters": {"types", "sampling", "transformer", "adapters", "recording", "drafters"},
     "speculate": {"types", "sampling", "verify"},
     "recording": {"types"},
     "requests": {"types", "config", "sampling", "metrics"},
