@@ -21,14 +21,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from decode.figures import Ask, Result, choices, cluster_figures, figures, router_figures
+from decode.figures import Ask, Result, choices, cluster_figures, figures, rounds_by_drafter, router_figures
 from jaxspec import serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.engine import Engine, Method
 from jaxspec.requests import Request, bucket_of, room_of
 from jaxspec.router import TRUNK
 from jaxspec.store.models import encode
-from jaxspec.store.pool import METHODS, TEST, Pool, draft_length, draft_lengths, extra_file, load_pool
+from jaxspec.store.pool import METHODS, ONLINE, TEST, Pool, draft_length, draft_lengths, extra_file, load_pool
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import write_json
 
@@ -50,10 +50,11 @@ class Bench:
     json: str = ""
     """File for the results."""
     methods: tuple[str, ...] = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "oracle")
-    """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram: `routed` drafts with the drafter of
-    the prompt's task, `chosen` with the drafter and, one prompt at a time, the draft length that promise the most, `ngram`
-    with what followed in the text before; merged-average, merged-awd, merged-doge, once `train.extras` has made them; and
-    what `train.adopt` has added."""
+    """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram, online, online-wrong: `routed` drafts
+    with the drafter of the prompt's task, `chosen` with the drafter and, one prompt at a time, the draft length that promise
+    the most, `ngram` with what followed in the text before; `online` begins as routed and `online-wrong` with a wrong drafter,
+    and both change it within the text for the one that the target agrees with; merged-average, merged-awd, merged-doge, once
+    `train.extras` has made them; and what `train.adopt` has added."""
     batch: int = 1
     """Slots: prompts decoded together; a finished one's slot is filled again."""
     admit_rows: int = 1
@@ -106,6 +107,7 @@ def run(config: Bench) -> None:
         "autoregressive": autoregressive,
         "chosen": serving.speculative(pool, max(lengths), rule, shorter=lengths, **shape),
         "ngram": serving.looking_up(pool, k, rule, **shape),
+        **dict.fromkeys(ONLINE, serving.online(pool, k, rule, **shape)),
     }
     spec = serving.speculative(pool, k, rule, **shape)
     engines = {name: special.get(name, spec) for name in work.methods}
@@ -118,6 +120,9 @@ def run(config: Bench) -> None:
         **figures(pool, asks, passes, parity, narrow),
         "router": router_figures(pool, asks, passes),
         "choices": choices(pool, asks, passes),
+        "rounds_by_drafter": {
+            name: rounds_by_drafter(pool, asks, passes[0][name]) for name in work.methods if name in ONLINE
+        },
         "clusters": cluster_figures(pool),
     }
     _print(bench)
@@ -126,7 +131,7 @@ def run(config: Bench) -> None:
 
 
 class Chosen(NamedTuple):
-    """A way of choosing drafters: the method, and for `random`, `wrong` and `oracle` each prompt's route."""
+    """A way of choosing drafters: the method, and for `random`, `oracle` and what begins `wrong` each prompt's route."""
 
     method: Method
     routes: np.ndarray | None = None
@@ -273,6 +278,8 @@ def _methods(config: Bench, pool: Pool, asks: Sequence[Ask], lengths: Sequence[i
     for name in dict.fromkeys(("autoregressive", *config.methods)):
         if name in by_router:
             made[name] = Chosen(by_router[name]())
+        elif name in ONLINE:
+            made[name] = Chosen(serving.hedging(pool, config.batch), wrong if name.endswith("wrong") else None)
         elif name in beforehand:
             made[name] = Chosen(given, beforehand[name])
         else:

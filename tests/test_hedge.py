@@ -116,6 +116,8 @@ def test_drafters_that_are_alike_leave_the_row_with_its_own():
     for completion in answer(HEDGE[4], stacked(NEAR, NEAR, NEAR), route=[1, -1, 0, 1]):
         used = np.flatnonzero(completion.record.rounds)
         assert used.tolist() == [completion.route % 3]
+    for choice in (0, 1):  # of two drafters each begins with half of the weight
+        assert int(leader(prior(jnp.array([choice]), 2), jnp.array([choice]))[0]) == choice
 
 
 def test_a_tokens_loss_is_the_rejection_rate_in_the_mean():

@@ -28,6 +28,8 @@ ALLOWED = {
     "engine": {"types", "metrics", "recording", "requests", "slots", "verify"},
     "align": set(),
     "router": set(),
+    "shift": set(),
+    "reliability": {"engine", "router", "store"},
     "tasks": {"store"},
     "packing": {"align", "store"},
     "forced": {"packing", "requests", "store", "transformer"},

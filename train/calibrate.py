@@ -14,10 +14,11 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxspec import forced, metrics, router, serving, sharding
+from jaxspec import forced, metrics, router, serving, sharding, shift
 from jaxspec.config import Experiment, UserError, command_line, plain
 from jaxspec.engine import Seconds
 from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
@@ -25,6 +26,7 @@ from jaxspec.store.models import read_pair
 from jaxspec.store.pool import (
     BANK,
     MIXED,
+    NORMAL,
     POINTS,
     ROUTER,
     TEST,
@@ -56,6 +58,7 @@ def run(experiment: Experiment) -> None:
     facts = _facts(experiment, traces, partition)
     _assemble(experiment, stage, traces, partition)
     pool = known_pool(stage.folder, facts, digest="not yet calibrated", mesh=sharding.asked(experiment.mesh))
+    write_arrays(stage.folder / NORMAL, _normal(pool, traces.features["prompt"], partition)._asdict())
     judge = forced.Judge(pool.pair, traces, partition, experiment.calibrate.texts)
     drafters = tqdm(pool.names, desc="calibrate: acceptance", unit="drafter")
     facts["acceptance_length"] = {name: judge.lengths(pool.drafter(name)) for name in drafters}
@@ -136,6 +139,14 @@ def _assemble(experiment: Experiment, stage: Stage, traces: Traces, partition: d
     labels = np.array([traces.log[i]["task"] or "" for i in rows])
     points = {"points": centred[rows] @ axes.T, "cluster": partition["task"][rows], "label": labels}
     write_arrays(stage.folder / POINTS, points)
+
+
+def _normal(pool: Pool, features: np.ndarray, partition: dict) -> shift.Normal:
+    """What is normal on the calibrate split, measured from the tasks' centres on the train split."""
+    train, judged = partition["split"] == 0, partition["split"] == 1
+    confidence = np.asarray(router.probabilities(pool.router, jnp.asarray(features[judged]))).max(-1)
+    scaled = router.standardised(pool.router, features)
+    return shift.normal(scaled[train], partition["task"][train], scaled[judged], confidence)
 
 
 def _measure(experiment: Experiment, pool: Pool, traces: Traces, partition: dict) -> dict[int, dict]:
