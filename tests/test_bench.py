@@ -24,7 +24,19 @@ FIELDS = {
     "mean_acceptance_length", "acceptance_by_position", "equal_to_autoregressive", "equal_to_fastest_autoregressive",
     "speedup_vs_autoregressive", "speedup_vs_base",
 }  # fmt: skip
-METHODS = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "wrong", "oracle", "ngram")
+METHODS = (
+    "autoregressive",
+    "base",
+    "mixed",
+    "routed",
+    "chosen",
+    "random",
+    "wrong",
+    "oracle",
+    "ngram",
+    "online",
+    "online-wrong",
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +79,10 @@ def test_the_json_has_its_fields(bench):
     assert sum(bench["choices"]["one"].values()) == 6 and all(
         said.endswith("K = 2") for said in bench["choices"]["one"]
     )
+    for name in ("online", "online-wrong"):
+        rounds = sum(bench["rounds_by_drafter"][name]["one"].values())
+        row = bench["tasks"]["one"][name]
+        assert rounds == pytest.approx(row["tokens"] / row["mean_acceptance_length"])
     counts = bench["router"]["confusion"]["counts"]
     assert sum(map(sum, counts)) == 6
     rate = lambda name: bench["mean"][name]["speedup_vs_autoregressive"]

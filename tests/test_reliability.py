@@ -37,13 +37,15 @@ def test_two_of_eight_that_fail_are_left_out_after_a_few_prompts_and_come_back()
 
 
 def test_what_came_back_serves_again():
-    evidence = observed(unknown(1), 0, 60, 20)
-    probes = 0
-    while not reliable(evidence)[0] and probes < 40:
+    """Old failures fade, however many there were."""
+    evidence, probes = unknown(1), 0
+    for _ in range(50):
+        evidence = observed(evidence, 0, 60, 20)
+    while not reliable(evidence)[0] and probes < 25:
         routes, evidence = served(evidence, [0] * PROBE)
         assert routes.tolist() == [TRUNK] * (PROBE - 1) + [0]
         evidence, probes = observed(evidence, 0, 14, 20), probes + 1
-    assert 1 < probes < 20 and served(evidence, [0])[0].tolist() == [0]
+    assert 1 < probes < 25 and served(evidence, [0])[0].tolist() == [0]
 
 
 def test_routes_that_are_no_specialists_are_left_alone():
