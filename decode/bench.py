@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from decode import rivals
-from decode.figures import Ask, Result, choices, cluster_figures, figures, router_figures
+from decode.figures import Ask, Result, choices, cluster_figures, figures, rounds_by_drafter, router_figures
 from decode.rivals import Contender
 from jaxspec import serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
@@ -31,7 +31,7 @@ from jaxspec.requests import Request, bucket_of, room_of
 from jaxspec.router import TRUNK
 from jaxspec.store.families import options
 from jaxspec.store.models import encode
-from jaxspec.store.pool import TEST, Pool, draft_length, load_pool
+from jaxspec.store.pool import ONLINE, TEST, Pool, draft_length, load_pool
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import write_json
 
@@ -53,10 +53,11 @@ class Bench:
     json: str = ""
     """File for the results."""
     methods: tuple[str, ...] = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "oracle")
-    """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram: `routed` drafts with the drafter of
-    the prompt's task, `chosen` with the drafter and, one prompt at a time, the draft length that promise the most, `ngram`
-    with what followed in the text before; merged-average, merged-awd, merged-doge, once `train.extras` has made them; and
-    what `train.adopt` has added; NAME/METHOD is a rival's method."""
+    """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram, online, online-wrong: `routed` drafts
+    with the drafter of the prompt's task, `chosen` with the drafter and, one prompt at a time, the draft length that promise
+    the most, `ngram` with what followed in the text before; `online` begins as routed and `online-wrong` with a wrong drafter,
+    and both change it within the text for the one that the target agrees with; merged-average, merged-awd, merged-doge, once
+    `train.extras` has made them; and what `train.adopt` has added; NAME/METHOD is a rival's method."""
     rivals: tuple[str, ...] = ()
     """Further pools of the same target, each NAME=POOL, or NAME=POOL,DRAFT where its base drafter has another place than its
     manifest says: a row NAME measures a rival's routed drafters at its own draft length, in the type and on the mesh of
@@ -132,7 +133,7 @@ def run(config: Bench) -> None:
 class Chosen(NamedTuple):
     """A way of choosing drafters.
 
-    routes: each prompt's, for `random`, `wrong` and `oracle`; reach: the routes that some prompt may take.
+    routes: each prompt's, for `random`, `oracle` and what begins `wrong`; reach: the routes that some prompt may take.
     """
 
     method: Method
@@ -302,6 +303,8 @@ def _methods(config: Bench, contender: Contender) -> dict[str, Chosen]:
         if name in by_router:
             reach = range(TRUNK, len(pool.names if name == "routed" else among.names))
             made[name] = Chosen(by_router[name](), reach=[r for r in reach if r < 0 or among.family[r] >= 0])
+        elif name in ONLINE:
+            made[name] = Chosen(serving.hedging(pool, config.batch), wrong if name.endswith("wrong") else None)
         elif name in beforehand:
             made[name] = Chosen(given, beforehand[name], np.unique(beforehand[name]).tolist())
         else:
@@ -317,6 +320,7 @@ def _engines(config: Bench, contender: Contender, rule: str, shape: dict) -> dic
     special = {
         "chosen": serving.choosing(pool, among.families, rule, **shape),
         "ngram": serving.looking_up(pool, k, rule, **shape),
+        **dict.fromkeys(ONLINE, serving.online(pool, k, rule, **shape)),
     }
     spec = serving.speculative(pool, k, rule, **shape)
     return {name: special.get(name, spec) for name in contender.methods}
@@ -374,6 +378,9 @@ def _of_routing(contender: Contender, passes: Sequence[dict], engines: dict[str,
     return {
         "router": router_figures(contender.pool, contender.asks, results, equals),
         "choices": choices(contender.pool, contender.asks, results),
+        "rounds_by_drafter": {
+            name: rounds_by_drafter(contender.pool, contender.asks, results[0][name]) for name in own if name in ONLINE
+        },
     }
 
 

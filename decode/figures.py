@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from decode.differences import first_difference
-from jaxspec import metrics
+from jaxspec import metrics, serving
 from jaxspec.engine import Seconds
 from jaxspec.requests import Completion, Request
 from jaxspec.router import TRUNK
@@ -207,6 +207,15 @@ def choices(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass]) -> dict[str
             said = f"{drafter_name(pool.facts, own.route)}, K = {own.num_speculative_tokens}"
             counts[asks[i].task][said if own.counts.num_draft_tokens else "nothing drafted"] += 1
     return {task: dict(own.most_common()) for task, own in counts.items()}
+
+
+def rounds_by_drafter(pool: Pool, asks: Sequence[Ask], results: Sequence[Result]) -> dict[str, dict[str, int]]:
+    """How many rounds of each task's prompts each drafter drafted, where rows change it as they go."""
+    names, rounds = serving.candidates(pool), defaultdict(Counter)
+    for result in results:
+        for i, own in zip(result.rows, result.completions, strict=True):
+            rounds[asks[i].task] += Counter(dict(zip(names, own.record.rounds.tolist(), strict=True)))
+    return {task: {name: count for name, count in own.most_common() if count} for task, own in rounds.items()}
 
 
 def _right(pool: Pool, ask: Ask, route: int) -> bool:

@@ -23,10 +23,12 @@ from typing import IO, Any, Literal, NamedTuple
 import jax
 from tqdm import tqdm
 
+from decode.unexplained import Watch
 from jaxspec import recording, serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.engine import Engine
 from jaxspec.plan import GIB, Load, device_memory, fit, table
+from jaxspec.reliability import Reliability
 from jaxspec.requests import MAX_DRAFT, SETTINGS, Request, bucket_of, checked
 from jaxspec.store.families import options
 from jaxspec.store.huggingface import read_config, read_tokenizer
@@ -39,7 +41,7 @@ from jaxspec.transformer import LMConfig
 
 SAME = ("order", *SETTINGS, "acceptance", "logprobs", "dtype")  # what a job that goes on must not change
 BEGIN = b'{"id": '  # of every record
-UNSAID = ("index", "num_accepted_tokens_per_pos")
+UNSAID = ("index", "num_accepted_tokens_per_pos", "features")
 KEYS = (*SETTINGS, "stop", "drafter")
 ROUNDS = 32  # between two looks at stop strings and at a notice of preemption
 SYNC = 1.0  # seconds of records that a power cut may cost
@@ -75,6 +77,12 @@ class Generate:
     """Seed of sampling."""
     num_speculative_tokens: int | None = None
     """Tokens drafted a round, 0 for none; None is what calibration chose."""
+    online: bool = False
+    """Change a row's drafter within its text for the one that the target agrees with most; a record's drafter is then the one
+    that it began with."""
+    reliability: bool = False
+    """Leave out specialists that have less accepted than the trunk would. What records say of drafts, and text that p/q
+    rejection samples, then depends on the prompts before."""
     logprobs: bool = False
     """Record the target's log probability of each token: as it is, and after the sampling settings."""
     explain: bool = False
@@ -98,6 +106,10 @@ class Generate:
 def run(config: Generate) -> None:
     """Appends the records that the output lacks."""
     process, processes = _place_in_job(config)
+    if config.online and config.reliability:
+        raise UserError(
+            "--online judges drafters within each text, --reliability by whole texts of one; give one of them"
+        )
     lines = read_lines(config.input)
     own = own_rows(len(lines), process, processes)
     output = part_file(Path(config.output), process, processes)
@@ -112,8 +124,11 @@ def run(config: Generate) -> None:
         same_job(output, _settings(config, known))
         answered, size = _resume(config, output, lines[own.start : own.stop])
         os.truncate(output, size)
-        job = _Job(config, pool, lines[own.start : own.stop], asks[own.start : own.stop], _room(asks))
+        watch = Watch(pool, output)
+        job = _Job(config, pool, lines[own.start : own.stop], asks[own.start : own.stop], _room(asks), watch)
         done = _write(out, _records(job, answered), len(own), len(answered), preempted)
+    if said := watch.report():
+        print(f"generate: {said}", file=sys.stderr)
     if done < len(own):
         said = f"preempted: {done} of {len(own)} prompts answered; run the same command again to go on"
         print(said, file=sys.stderr, flush=True)
@@ -138,6 +153,7 @@ class _Job(NamedTuple):
     lines: Sequence[Line | Fault]
     asks: Sequence[Ask | str]
     room: tuple[int, str]
+    watch: Watch
 
 
 def _place_in_job(config: Generate) -> tuple[int, int]:
@@ -169,6 +185,8 @@ def _settings(config: Generate, known: _Known) -> dict[str, Any]:
     """What the records depend on, the prompts apart; the programs only where they round differently enough to matter."""
     length = draft_length(known.facts, config.num_speculative_tokens)
     same = {name: getattr(config, name) for name in SAME} | {"pool": known.digest, "num_speculative_tokens": length}
+    # None as in jobs that were begun before there was a choice
+    same |= {"online": config.online or None, "reliability": config.reliability or None}
     if (config.dtype or known.facts["dtype"]) == "float32":
         return same
     programs = {"batch": config.batch, "admit_rows": config.admit_rows, "mesh": [config.mesh.data, config.mesh.model]}
@@ -181,7 +199,8 @@ def _pool(config: Generate, known: _Known, asks: Sequence[Ask | str], mesh: jax.
     requests = [ask.request for ask in asks if isinstance(ask, Ask)]
     dtype, tasks, whole = config.dtype or facts["dtype"], len(facts["tasks"]), 3 if facts["trunk"] else 2
     lora = facts["specialists"] == "bank_lora"
-    alone = lora and config.batch > 1 and not serving.stacks(draft, tasks, dtype)
+    alone = config.batch == 1 or not lora or serving.stacks(draft, tasks, dtype)
+    merged = tasks + 2 + config.batch if config.online else tasks + 1 if alone else 0  # online each row has its own
     load = Load(
         batch=config.batch,
         prompt_tokens=max((len(r.ids) for r in requests), default=1),
@@ -190,7 +209,8 @@ def _pool(config: Generate, known: _Known, asks: Sequence[Ask | str], mesh: jax.
         dtype=dtype,
         tasks=tasks,
         rank=facts["rank"] if lora else 0,
-        drafters=whole if alone else whole + 1 + tasks,
+        drafters=whole + merged,
+        drafter_caches=tasks + 3 if config.online else 1,  # of all, and a row's own
         logprobs=config.logprobs,
         prefill_rows=-(-config.admit_rows // config.mesh.data) * config.mesh.data,  # rows that do not divide are whole
     )
@@ -259,6 +279,7 @@ def _records(job: _Job, answered: set[int]) -> Iterator[dict | None]:
         if found is not None:
             i, completion = found
             ready[i] = _record(job.lines[i], completion)
+            job.watch.see(job.lines[i], completion)
         yield None
         for i in list(ready) if not ordered else ():
             yield ready.pop(i)
@@ -274,7 +295,7 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
         return
     config, pool, (room, kind) = job.config, job.pool, job.room
     length = draft_length(pool.facts, config.num_speculative_tokens)
-    engine = serving.speculative(
+    engine = (serving.online if config.online else serving.speculative)(
         pool,
         length,
         "greedy" if kind == "greedy" else config.acceptance,
@@ -285,10 +306,18 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
     )
     named = any(isinstance(ask, Ask) and ask.request.route is not None for ask in job.asks)
     # Of one length the choice is the same for any batch, as the records must be.
-    method = serving.chosen(pool, config.batch, options(pool.facts, length, config.batch), bank=named)
+    chosen = serving.chosen(pool, config.batch, options(pool.facts, length, config.batch), bank=named)
+    method = serving.hedging(pool, config.batch) if config.online else chosen
     asks = [ask for i in todo if isinstance(ask := job.asks[i], Ask)]
-    for piece in serve(pool, engine, method, asks, rounds=ROUNDS):
-        yield (todo[piece.index], piece.completion) if piece.completion else None
+    trust = Reliability(pool.facts, length)
+    for piece in serve(pool, engine, trust.over(method) if config.reliability else method, asks, rounds=ROUNDS):
+        own = piece.completion
+        if own and own.task and asks[piece.index].request.draft_limit >= length:
+            rounds, tokens = own.num_drafts, len(own.token_ids)
+            trust.saw(pool.names.index(own.drafter), pool.tasks.index(own.task), rounds, tokens)
+        yield (todo[piece.index], own) if own else None
+    if config.reliability and (failed := [pool.names[route] for route in trust.left_out()]):
+        print(f"generate: {', '.join(failed)} had less accepted than {pool.names[-1]} would; left out", file=sys.stderr)
     if config.explain:
         explain(engine)
 

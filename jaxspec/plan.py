@@ -29,7 +29,7 @@ class Load:
     logprobs: whether log probabilities are recorded.
     prompt_tokens, max_new_tokens: longest prompt and completion.
     tasks, rank: of the bank, 0 tasks for none, rank 0 for whole specialists; drafters: whole drafters in memory beside it, the
-    base with `mixed`, a trunk and merged specialists.
+    base with `mixed`, a trunk and merged specialists; drafter_caches: drafters that each keep a cache of every row.
     """
 
     batch: int
@@ -40,6 +40,7 @@ class Load:
     tasks: int = 0
     rank: int = 0
     drafters: int = 1
+    drafter_caches: int = 1
     prefill_rows: int | None = None
     logprobs: bool = False
 
@@ -149,7 +150,8 @@ def _state(target: LMConfig, draft: LMConfig, load: Load, batch: int, kind: str,
         Row(
             kind,
             "drafter cache",
-            sharding.device_bytes(drafter._replace(adapter=None), own._replace(adapter=None), mesh),
+            load.drafter_caches
+            * sharding.device_bytes(drafter._replace(adapter=None), own._replace(adapter=None), mesh),
         ),
         Row(kind, "rows' own adapters", sharding.device_bytes(drafter.adapter, own.adapter, mesh)),
         Row(kind, "tokens, rounds and records", sharding.device_bytes(rest, rest_specs, mesh)),

@@ -59,6 +59,33 @@ def logprobs(room: int) -> Recorder:
     return Recorder(init, fold)
 
 
+class Choices(NamedTuple):
+    """Who drafted, where a row's drafter changes, see `jaxspec.drafters.hedge`.
+
+    rounds: `[B, D]` rounds that each of the drafters drafted.
+    log_weights: `[B, D]` what the row trusted them with in its last round, natural logarithms.
+    """
+
+    rounds: Array
+    log_weights: Array
+
+
+def choices(num_drafters: int) -> Recorder:
+    """Records `Choices` among so many drafters."""
+
+    def init(prompt: Prompt) -> Choices:
+        rows = prompt.length.shape[0]
+        return Choices(jnp.zeros((rows, num_drafters), jnp.int32), jnp.zeros((rows, num_drafters), jnp.float32))
+
+    def fold(record: Choices, info: SpecInfo) -> Choices:
+        alive = (info.verdict.num_emitted > 0)[:, None]
+        own = jax.nn.one_hot(info.drafter.choice, num_drafters, dtype=jnp.int32)
+        log_weights = jnp.where(alive, info.drafter.log_weights, record.log_weights)
+        return Choices(record.rounds + own * alive, log_weights)
+
+    return Recorder(init, fold)
+
+
 def place(buffer: Array, value: Array, offset: Array, real: Array) -> Array:
     """Writes `value [B, W, ...]` where `real [B, W]` into `buffer [B, room, ...]` from `offset [B]` on, up to its room."""
     room = buffer.shape[1]

@@ -51,6 +51,11 @@ def probabilities(params: RouterParams, features: Array) -> Array:
     return jax.nn.softmax(_logits(params, features), axis=-1)
 
 
+def standardised(params: RouterParams, features: np.ndarray) -> np.ndarray:
+    """Features `[N, H]` in deviations from the mean of those that the router was trained on."""
+    return (np.asarray(features) - np.asarray(params.mean)) / np.asarray(params.deviation)
+
+
 def choose(probability: np.ndarray, fallback_below: float) -> np.ndarray:
     """Routes `[B]`: the likeliest task, or TRUNK where it is less likely than `fallback_below`."""
     likeliest = probability.argmax(-1)

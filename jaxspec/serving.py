@@ -5,13 +5,15 @@ from functools import cache, lru_cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import router, verify
+from jaxspec import recording, router, verify
 from jaxspec.adapters import Stacked, Whole, stack, with_base
-from jaxspec.drafters import lm_drafter, ngram_drafter, silent_drafter
+from jaxspec.drafters import hedged, lm_drafter, ngram_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
+from jaxspec.requests import MAX_DRAFT
 from jaxspec.sharding import over
 from jaxspec.store.families import NGRAM, Options, companion
 from jaxspec.store.huggingface import Model
@@ -21,6 +23,7 @@ from jaxspec.transformer import NARROW, LMConfig, abstract, lay_out
 from jaxspec.types import Drafter
 
 WIDE = 8  # columns of a window that is called wide
+WINDOW = 10  # tokens of a row that all drafters are judged by at once
 STACK = 1 << 28  # bytes of all tasks' kernels that an accelerator reads sooner than it launches more products
 
 
@@ -66,6 +69,27 @@ def looking_up(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", **
     return _engine(pool, ngram_drafter(num_speculative_tokens), rule, **shape)
 
 
+def online(
+    pool: Pool, num_speculative_tokens: int, rule: str = "greedy", *, window: int = WINDOW, **shape: Any
+) -> Engine:
+    """Speculative decoding in which a row changes its drafter as it goes, see `drafters.hedge`; for `hedging`.
+
+    Args:
+        window: tokens that all drafters read and are judged by at once.
+    """
+    if num_speculative_tokens == 0:
+        return autoregressive(pool, idle_width(), rule, **shape)
+    pair, number = pool.pair, len(candidates(pool))
+    settings = {"vocab_size": pair.vocab_size, "dtype": _dtype(pool), "window": min(window, MAX_DRAFT + 1)}
+    drafter = hedged(pair.draft.config, num_speculative_tokens, number, **settings)
+    return _engine(pool, drafter, rule, **{"recorder": recording.choices(number), **shape})
+
+
+def candidates(pool: Pool) -> list[str]:
+    """The drafters that rows change between, by their routes: the tasks' own, `mixed`, and last what adapters belong on."""
+    return [*pool.tasks, "mixed", pool.names[-1]]
+
+
 def idle_width() -> int:
     """Columns of a window in which nothing is drafted: two on accelerators, where one is slower."""
     return 1 if jax.default_backend() == "cpu" else 2
@@ -96,6 +120,14 @@ def routed(pool: Pool, slots: int) -> Method:
         return drafters[router.choose(probability, pool.facts["fallback_below"])], None
 
     return Method("routed", _classifier(pool, choose), adapted(pool, slots))
+
+
+@lru_cache(maxsize=4)
+def hedging(pool: Pool, slots: int) -> Method:
+    """All of `candidates`; what `routed` would choose, or the request's own route, is where each row begins."""
+    weights = [laid(pool.drafter(name), slots) for name in candidates(pool)]
+    beside = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+    return routed(pool, slots)._replace(name="online", drafter_params=lambda routes: beside)
 
 
 def chosen(pool: Pool, slots: int, among: Options, *, bank: bool = False) -> Method:

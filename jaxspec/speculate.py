@@ -58,11 +58,12 @@ def speculator(target: Target, drafter: Drafter, rule: Rule, *, stop_tokens: Seq
             full = _verify(rule, state, draft, scores.log_p)
             verdict, stopped = _cut(full, state, stops)
         with jax.named_scope("commit"):
-            drafter_state = drafter.commit(params.drafter, drafter_state, verdict, scores)
+            committed = drafter.commit(params.drafter, drafter_state, verdict, scores)
             target_state = target.commit(target_state, verdict, draft.parents)
-            following = _emit(state, verdict, stopped)._replace(target=target_state, drafter=drafter_state)
+            following = _emit(state, verdict, stopped)._replace(target=target_state, drafter=committed)
         accepted = jnp.where(state.done, 0, full.num_accepted)
-        return following, SpecInfo(draft, scores, verdict, state.length, draft.num_drafted, accepted)
+        info = SpecInfo(draft, scores, verdict, state.length, draft.num_drafted, accepted, drafter_state)
+        return following, info
 
     return Speculator(drafter.num_nodes, init, step)
 

@@ -6,7 +6,7 @@ for completion in generate(pool, ["What is 2 + 2?"], max_new_tokens=32):
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ class Completion:
     num_drafts: target calls after prefill; num_draft_tokens, num_accepted_tokens: of whole blocks, as vLLM counts them;
         num_accepted_tokens_per_pos: accepted by place in the block, up to where the text ends.
     logprobs: the target's log probability of each token, in nats: as it is, and after temperature, top-k and top-p.
+    features: `[H]` what the router saw of the prompt.
     """
 
     index: int
@@ -54,6 +55,7 @@ class Completion:
     num_accepted_tokens_per_pos: list[int]
     logprobs: list[float] | None = None
     sampling_logprobs: list[float] | None = None
+    features: np.ndarray = field(kw_only=True, repr=False, compare=False)
 
 
 class Piece(NamedTuple):
@@ -262,4 +264,5 @@ def _completion(pool: Pool, index: int, text: str, row: Row) -> Completion:
         num_accepted_tokens_per_pos=row.counts.accepted_by_position.tolist(),
         logprobs=of(row.record.raw) if recorded else None,
         sampling_logprobs=of(row.record.sampled) if recorded else None,
+        features=row.features,
     )

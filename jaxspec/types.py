@@ -180,6 +180,7 @@ class SpecInfo(NamedTuple):
     start: `[B]` length before the round.
     num_drafted: `[B]` drafted tokens, 0 for a finished row.
     num_accepted: `[B]` accepted tokens, whether or not a stop cut them off.
+    drafter: the drafter's state with which it proposed.
     """
 
     draft: Draft
@@ -188,6 +189,7 @@ class SpecInfo(NamedTuple):
     start: Array
     num_drafted: Array
     num_accepted: Array
+    drafter: State
 
 
 class Speculator(NamedTuple):

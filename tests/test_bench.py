@@ -15,7 +15,8 @@ from jaxspec import router, serving
 from jaxspec.adapters import Stacked
 from jaxspec.requests import Request
 from jaxspec.router import TRUNK
-from jaxspec.store.pool import draft_lengths, load_pool
+from jaxspec.store.families import options
+from jaxspec.store.pool import load_pool
 from jaxspec.store.prompts import Line
 from jaxspec.transformer import NARROW
 
@@ -24,7 +25,19 @@ FIELDS = {
     "mean_acceptance_length", "acceptance_by_position", "equal_to_autoregressive", "equal_to_fastest_autoregressive",
     "speedup_vs_autoregressive", "speedup_vs_base",
 }  # fmt: skip
-METHODS = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "wrong", "oracle", "ngram")
+METHODS = (
+    "autoregressive",
+    "base",
+    "mixed",
+    "routed",
+    "chosen",
+    "random",
+    "wrong",
+    "oracle",
+    "ngram",
+    "online",
+    "online-wrong",
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +80,10 @@ def test_the_json_has_its_fields(bench):
     assert sum(bench["choices"]["one"].values()) == 6 and all(
         said.endswith("K = 2") for said in bench["choices"]["one"]
     )
+    for name in ("online", "online-wrong"):
+        rounds = sum(bench["rounds_by_drafter"][name]["one"].values())
+        row = bench["tasks"]["one"][name]
+        assert rounds == pytest.approx(row["tokens"] / row["mean_acceptance_length"])
     counts = bench["router"]["confusion"]["counts"]
     assert sum(map(sum, counts)) == 6
     rate = lambda name: bench["mean"][name]["speedup_vs_autoregressive"]
@@ -114,20 +131,20 @@ def test_the_chosen_drafter_and_length_are_those_of_the_least_expected_time(load
         {**lengths, "mixed": [some, most, none], "base": [none] * 3, "trunk": [none] * 3},
         {0: 1.0, 1: 1.5, 2: 2.0},
     )
-    assert draft_lengths(pool.facts) == (0, 2)
-    found = serving.chosen(pool, 1, [0, 2]).route(features_of(pool))
+    assert options(pool.facts).families == (("", (0, 2)),)
+    found = serving.chosen(pool, 1, options(pool.facts)).route(features_of(pool))
     sure = found.confidence > 0.95
     assert set(found.task[sure]) == {0, 1, 2}
     assert (found.route[sure] == np.array([0, 3, TRUNK])[found.task[sure]]).all()
     assert (found.num_speculative_tokens[sure] == np.array([2, 2, 0])[found.task[sure]]).all()
     unsure = dataclasses.replace(pool, facts={**pool.facts, "fallback_below": 1.1})
-    fallen = serving.chosen(unsure, 1, [0, 2]).route(features_of(pool))
+    fallen = serving.chosen(unsure, 1, options(unsure.facts)).route(features_of(pool))
     assert set(fallen.task) == set(found.task)
     assert {loaded.names[route] for route in fallen.route} == {"base"} or (fallen.num_speculative_tokens == 0).all()
-    several = serving.chosen(pool, 4, [2])
+    several = serving.chosen(pool, 4, options(pool.facts, 2, 4))
     united = several.route(features_of(pool))
     assert (united.route == 3).all() and several.drafter_params(united.route[:4]).bank is None
-    banked = serving.chosen(pool, 4, [2], bank=True).route(features_of(pool))
+    banked = serving.chosen(pool, 4, options(pool.facts, 2, 4), bank=True).route(features_of(pool))
     assert 3 not in banked.route and (banked.route[sure & (found.task == 0)] == 0).all()
 
 

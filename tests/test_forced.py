@@ -5,10 +5,12 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from test_decoding import BUDGET, NEAR, NEARLY, PARAMS, PROMPTS, TARGET, answer
+from test_decoding import BUDGET, NEAR, NEARLY, PARAMS, PROMPTS, TARGET, answer, engine
 
 from jaxspec import forced, metrics
+from jaxspec.drafters import ngram_drafter
 from jaxspec.drafters.lm import LMDrafterParams
+from jaxspec.requests import MAX_DRAFT
 from jaxspec.store.traces import Traces
 
 BEST = jax.jit(partial(forced.greedy, TARGET, vocab_size=TARGET.vocab_size))
@@ -50,6 +52,17 @@ def test_rounds_of_a_text_are_those_that_the_engine_counted(texts, row_tokens):
 def test_the_target_as_its_own_drafter_agrees_everywhere(texts):
     agree = forced.agreements(partial(BEST, PARAMS), traces(texts), range(4), 64)
     assert all(own.all() for own in agree)
+
+
+def test_lookups_along_a_text_are_those_that_the_engine_made():
+    looks_up = engine(ngram_drafter(3))
+    found = answer(looks_up, ())
+    runs = forced.lookups(ngram_drafter(MAX_DRAFT), traces(found), range(4))
+    for run, text in zip(runs, found, strict=True):
+        rounds = forced.chain(run, 3)
+        assert rounds.rounds == text.counts.num_drafts
+        assert rounds.accepted == text.counts.accepted_by_position.sum()
+    assert sum(text.counts.num_accepted_tokens for text in found) > 0  # else the law says little
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ def call(*argv):
 def in_memory(loaded):
     """Jobs take the pool that was read already, and the engine that an equal job has compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serving, "speculative", functools.cache(serving.speculative))
+        for kind in ("speculative", "online"):
+            patch.setattr(serving, kind, functools.cache(getattr(serving, kind)))
         patch.setattr(generate, "load_pool", lambda *paths, **places: loaded)
         yield
 
@@ -386,6 +387,27 @@ def test_processes_share_a_job_and_the_last_one_merges(jobs, order, tmp_path, ca
     share(0)
     assert "are merged in" in capsys.readouterr().out
     assert_same(order, output, whole)
+
+
+def test_a_job_whose_rows_change_their_drafters_goes_on_and_only_as_one(jobs, tmp_path, capsys):
+    command, whole = jobs
+    out = tmp_path / "out.jsonl"
+    call(*command, "--online", "--output", out)
+    records = out.read_bytes()
+    for line, ours, theirs in zip(
+        Path(command[3]).read_text().splitlines(), records.splitlines(), whole["input"].splitlines()
+    ):
+        if json.loads(line)["temperature"] == 0:
+            assert json.loads(ours)["text"] == json.loads(theirs)["text"]
+    out.write_bytes(records[: len(records) // 2])
+    with pytest.raises(SystemExit):
+        call(*command, "--output", out)
+    assert "was begun with online True" in capsys.readouterr().err
+    call(*command, "--online", "--output", out)
+    assert out.read_bytes() == records
+    with pytest.raises(SystemExit):
+        call(*command, "--online", "--reliability", "--output", tmp_path / "other.jsonl")
+    assert "give one of them" in capsys.readouterr().err
 
 
 def test_a_process_that_is_none_of_the_job_is_refused(jobs, tmp_path, capsys):

@@ -11,13 +11,13 @@ from safetensors.numpy import load_file, save_file
 
 from decode import bench, rivals
 from decode.figures import Ask, Result, router_figures
-from decode.rivals import Rival
 from jaxspec import serving
 from jaxspec.adapters import init_bank
 from jaxspec.config import UserError
 from jaxspec.engine import Seconds
 from jaxspec.metrics import Counts
 from jaxspec.requests import Completion, Request
+from jaxspec.store.families import Place
 from jaxspec.store.pool import BANK, MIXED, ROUTER, draft_length, load_beside
 from jaxspec.store.prompts import Line
 from jaxspec.store.trees import write_tree
@@ -183,7 +183,7 @@ def test_a_rival_that_cannot_be_named(pool, said, parts):
 
 def test_a_method_belongs_to_the_pool_that_is_named_before_it(pool):
     known = rivals.parse(["a=p", "b=q,d"], pool)
-    assert known == [Rival("a", "p", ""), Rival("b", "q", "d")]
+    assert known == [Place("a", "p", ""), Place("b", "q", "d")]
     found = rivals.measured(["routed", "a", "a/mixed", "b/routed", "a/mixed"], known, pool)
     assert found == {"": ("autoregressive", "routed"), "a": ("routed", "mixed"), "b": ("routed",)}
     for method in ("c/mixed", "a/autoregressive", "a/trunk", "/mixed", "a/b/mixed"):
@@ -204,7 +204,7 @@ def test_a_pool_that_is_no_rival(pool, loaded, world, tmp_path, changes, draft, 
     folder = change(shutil.copytree(pool, tmp_path / "pool"), lambda own: changes)
     place = str(getattr(world, draft)) if draft else ""
     with pytest.raises(UserError, match=f"^--rivals mine: .*{said}"):
-        rivals.load([Rival("mine", str(folder), place)], loaded)
+        rivals.load([Place("mine", str(folder), place)], loaded)
 
 
 def test_regret_is_against_the_oracle_and_against_the_best_of_each_task(loaded):

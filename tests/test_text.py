@@ -10,7 +10,7 @@ import jaxspec
 from decode import generate as job
 from jaxspec import text
 from jaxspec.config import UserError
-from jaxspec.store.pool import draft_lengths
+from jaxspec.store.families import options
 from jaxspec.text import LOST, Reader
 
 PROMPTS = ["stir the onion soup", "hoist our anchor before wind", "prove every prime ideal", "bake"]
@@ -70,7 +70,7 @@ def test_pieces_make_up_the_answers(loaded, answers):
 
 
 def test_asked_again_in_the_same_shape_nothing_compiles(loaded, answers):
-    engine = text.engine_of(loaded, draft_lengths(loaded.facts, slots=3), "rejection", 3, SHAPE["room"], False)
+    engine = text.engine_of(loaded, options(loaded.facts, slots=3).families, "rejection", 3, SHAPE["room"], False)
     compiled = list(engine.compiled)
     assert compiled
     again = jaxspec.generate(loaded, [*PROMPTS[::-1], "bake the salt"], **SETTINGS | {"max_new_tokens": 31, "top_k": 3})

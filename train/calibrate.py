@@ -15,19 +15,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxspec import forced, metrics, router, serving, sharding
+from jaxspec import forced, router, serving, sharding, shift
 from jaxspec.config import Calibrate, Experiment, UserError, command_line, plain
 from jaxspec.drafters import ngram_drafter
-from jaxspec.engine import Seconds
 from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
 from jaxspec.store.families import NGRAM, Place, options, place
 from jaxspec.store.models import read_pair
 from jaxspec.store.pool import (
     BANK,
     MIXED,
+    NORMAL,
     POINTS,
     ROUTER,
     TEST,
@@ -41,6 +42,7 @@ from jaxspec.store.pool import (
 )
 from jaxspec.store.stages import Stage, finish, manifest, open_stage, read_arrays, write_arrays, write_whole
 from jaxspec.store.traces import Traces, check_models, read_traces
+from jaxspec.timing import timed
 
 
 def run(experiment: Experiment) -> None:
@@ -60,6 +62,7 @@ def run(experiment: Experiment) -> None:
     facts = _facts(experiment, traces, partition)
     _assemble(experiment, stage, traces, partition)
     pool = known_pool(stage.folder, facts, digest="not yet calibrated", mesh=sharding.asked(experiment.mesh))
+    write_arrays(stage.folder / NORMAL, _normal(pool, traces.features["prompt"], partition)._asdict())
     judge = forced.Judge(pool.pair, traces, partition, experiment.calibrate.texts)
     drafters = tqdm(pool.names, desc="calibrate: acceptance", unit="drafter")
     facts["acceptance_length"] = {name: judge.lengths(pool.drafter(name)) for name in drafters}
@@ -67,8 +70,10 @@ def run(experiment: Experiment) -> None:
     facts["further"] = {
         own.name: _looked_up(judge) if own.name == NGRAM else _of_pool(own, others[own.name], judge) for own in further
     }
-    for name, table in _measure(experiment, pool, others, NGRAM in facts["further"], traces, partition).items():
-        (facts["further"][name] if name else facts)["calibration"] = table
+    requests = _sample(experiment, traces, partition)
+    ways = _ways(experiment, pool, others, NGRAM in facts["further"], max(len(own.ids) for own in requests))
+    for (name, k), row in timed(ways, requests, experiment.calibrate.passes).items():
+        (facts["further"][name] if name else facts).setdefault("calibration", {})[k] = row
     finish(stage, **facts)
     _say(facts)
     print(f"calibrate: K = {draft_length(facts)}; pool in {stage.folder}")
@@ -185,26 +190,19 @@ def _assemble(experiment: Experiment, stage: Stage, traces: Traces, partition: d
     write_arrays(stage.folder / POINTS, points)
 
 
-def _measure(
-    experiment: Experiment, pool: Pool, others: dict[str, Pool], looks_up: bool, traces: Traces, partition: dict
-) -> dict[str, dict[int, dict]]:
-    """A table by draft length of every family, the pool's own under no name; all are timed in turn."""
+def _normal(pool: Pool, features: np.ndarray, partition: dict) -> shift.Normal:
+    """What is normal on the calibrate split, measured from the tasks' centres on the train split."""
+    train, judged = partition["split"] == 0, partition["split"] == 1
+    confidence = np.asarray(router.probabilities(pool.router, jnp.asarray(features[judged]))).max(-1)
+    scaled = router.standardised(pool.router, features)
+    return shift.normal(scaled[train], partition["task"][train], scaled[judged], confidence)
+
+
+def _ways(experiment: Experiment, pool: Pool, others: dict[str, Pool], looks_up: bool, longest: int) -> dict:
+    """Engine and method of every (family, draft length); the pool's own family has no name."""
     spec = experiment.calibrate
     slots = spec.slots * (sharding.num_row_parts(pool.mesh) if pool.mesh else 1)
-    rows = _sample(experiment, traces, partition)
-    requests = [
-        Request(
-            ids=tuple(traces.tokens[i][: traces.prompt_length[i]].tolist()),
-            max_new_tokens=spec.max_new_tokens,
-            number=int(i),
-            route=int(partition["task"][i]),
-        )
-        for i in rows
-    ]
-    shape: dict[str, Any] = {
-        "slots": slots,
-        "room": room_of(bucket_of(max(len(r.ids) for r in requests)), spec.max_new_tokens),
-    }
+    shape: dict[str, Any] = {"slots": slots, "room": room_of(bucket_of(longest), spec.max_new_tokens)}
     drafting = [k for k in spec.lengths if k]
     ways = {("", k): (serving.speculative(pool, k, **shape), serving.given(pool, slots)) for k in spec.lengths}
     for k in drafting if looks_up else ():
@@ -212,37 +210,18 @@ def _measure(
     for name, other in others.items():
         method = serving.always(other, "mixed", slots)  # a round takes as long with any of its drafters
         ways |= {(name, k): (serving.speculative(other, k, **shape), method) for k in drafting}
-    seconds: dict[tuple[str, int], list[Seconds]] = {way: [] for way in ways}
-    counts: dict[tuple[str, int], list] = {}
-    with tqdm(total=(spec.passes + 1) * len(ways), desc="calibrate", unit="pass") as bar:
-        for number in range(spec.passes + 1):  # the first pass compiles and does not count
-            for way, (engine, method) in ways.items():
-                counts[way] = [completion.counts for completion in engine.complete(requests, method)]
-                if number:
-                    seconds[way].append(engine.seconds)
-                bar.update()
-    tables: dict[str, dict[int, dict]] = {}
-    for name, k in ways:
-        tables.setdefault(name, {})[k] = _row(counts[name, k], seconds[name, k], slots)
-    return tables
+    return ways
 
 
-def _sample(experiment: Experiment, traces: Traces, partition: dict) -> np.ndarray:
+def _sample(experiment: Experiment, traces: Traces, partition: dict) -> list[Request]:
     """Calibrate prompts of the commonest bucket: one program a length is compiled, not one a length and bucket."""
-    rows = np.flatnonzero(partition["split"] == 1)
+    spec, rows = experiment.calibrate, np.flatnonzero(partition["split"] == 1)
     buckets = np.array([bucket_of(int(traces.prompt_length[i])) for i in rows])
     commonest = Counter(buckets.tolist()).most_common(1)[0][0]
     order = np.random.default_rng(experiment.seed).permutation(rows[buckets == commonest])
-    return order[: experiment.calibrate.prompts]
-
-
-def _row(counts: list, seconds: list[Seconds], slots: int) -> dict:
-    figures = metrics.measures(metrics.total(counts))
-    keep = {name: figures[name] for name in ("draft_accuracy", "mean_acceptance_length")}
-    rounds = sum(own.num_drafts for own in counts) / slots
-    decode = min(own.decode for own in seconds)
-    whole = min(map(sum, seconds))
-    return {"tokens_per_second": figures["tokens"] / whole, "round_milliseconds": 1e3 * decode / rounds, **keep}
+    ids = lambda i: tuple(traces.tokens[i][: traces.prompt_length[i]].tolist())
+    settings = lambda i: {"max_new_tokens": spec.max_new_tokens, "number": int(i), "route": int(partition["task"][i])}
+    return [Request(ids=ids(i), **settings(i)) for i in order[: spec.prompts]]
 
 
 if __name__ == "__main__":

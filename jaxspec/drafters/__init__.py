@@ -1,5 +1,6 @@
 """Ways of drafting, one file each; every factory returns a `jaxspec.types.Drafter`."""
 
+from jaxspec.drafters.hedge import hedged as hedged
 from jaxspec.drafters.lm import lm_drafter as lm_drafter
 from jaxspec.drafters.ngram import ngram_drafter as ngram_drafter
 from jaxspec.drafters.silent import silent_drafter as silent_drafter

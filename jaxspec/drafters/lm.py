@@ -34,11 +34,7 @@ class LMDrafterState(NamedTuple):
 def lm_drafter(
     config: LMConfig, num_speculative_tokens: int, *, vocab_size: int | None = None, dtype: Any = jnp.float32
 ) -> Drafter:
-    """Drafts a chain with a language model; `vocab_size` is the target's, where the two are padded differently.
-
-    The round opens with a window of the last two tokens: after a fully accepted block the newest but one is not cached
-    yet, otherwise it is written again with what it was. So commit only counts, and K tokens cost K calls.
-    """
+    """Drafts a chain with a language model; `vocab_size` is the target's, where the two are padded differently."""
 
     def init(params: LMDrafterParams, prompt: Prompt, slots: int) -> LMDrafterState:
         adapter = None if params.bank is None else select(params.bank, prompt.route)
@@ -51,36 +47,52 @@ def lm_drafter(
             one = lambda weights, adapter, *own: extend(config, weights, *own, adapter=adapter)
             return _by_row(one, params, state.adapter, *own)
 
-        def choose(hidden, node):
-            logits = lambda weights, _, hidden: unembed(config, weights, hidden, vocab_size)
-            log_q = log_probs(_by_row(logits, params, state.adapter, hidden), sampling)
-            if sampling is None:
-                return jnp.argmax(log_q, axis=-1).astype(jnp.int32), None
-            return jax.vmap(draw)(noise(node), log_q).astype(jnp.int32), log_q
-
-        def follow(carry, node):
-            cache, token, at = carry
-            hidden, cache = read(cache, token[:, None], at)
-            token, log_q = choose(hidden[:, 0], node)
-            return (cache, token, at + 1), (token, log_q)
-
-        start = jnp.maximum(length - 2, 0)
-        opening = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (2,)))(tokens, start)
-        hidden, cache = read(state.cache, opening, start)
-        last = jnp.take_along_axis(hidden, (length - 1 - start)[:, None, None], axis=1)[:, 0]
-        token, log_q = choose(last, 0)
-        first = jax.tree.map(lambda x: x[None], (token, log_q))
-        nodes = jnp.arange(1, num_speculative_tokens)
-        (cache, _, _), rest = jax.lax.scan(follow, (cache, token, length), nodes)
-        drafted, log_q = jax.tree.map(lambda a, b: jnp.moveaxis(jnp.concatenate([a, b]), 0, 1), first, rest)
-        count = jnp.full(length.shape, num_speculative_tokens, jnp.int32)
-        return Draft(drafted, count, log_q), state._replace(cache=cache)
+        logits = lambda weights, _, hidden: unembed(config, weights, hidden, vocab_size)
+        say = lambda hidden: _by_row(logits, params, state.adapter, hidden)
+        draft, cache = chain(read, say, num_speculative_tokens, state.cache, tokens, length, noise, sampling)
+        return draft, state._replace(cache=cache)
 
     def commit(params, state: LMDrafterState, verdict, scores):
         del params, scores
         return state._replace(length=state.length + verdict.num_emitted)
 
     return Drafter(num_speculative_tokens, init, propose, commit)
+
+
+def chain(
+    read: Callable, say: Callable, number: int, cache: Cache, tokens: Array, length: Array, noise, sampling
+) -> tuple[Draft, Cache]:
+    """Drafts `number` tokens one after another: the draft, and the cache with them in it.
+
+    The round opens with a window of the last two tokens: after a fully accepted block the newest but one is not cached
+    yet, otherwise it is written again with what it was. So commit only counts, and K tokens cost K calls.
+
+    Args:
+        read: (cache, window `[B, T]`, start `[B]`) -> hidden states `[B, T, H]` and the cache, as `transformer.extend`.
+        say: hidden states `[B, H]` -> logits `[B, V]`.
+    """
+
+    def choose(hidden, node):
+        log_q = log_probs(say(hidden), sampling)
+        if sampling is None:
+            return jnp.argmax(log_q, axis=-1).astype(jnp.int32), None
+        return jax.vmap(draw)(noise(node), log_q).astype(jnp.int32), log_q
+
+    def follow(carry, node):
+        cache, token, at = carry
+        hidden, cache = read(cache, token[:, None], at)
+        token, log_q = choose(hidden[:, 0], node)
+        return (cache, token, at + 1), (token, log_q)
+
+    start = jnp.maximum(length - 2, 0)
+    opening = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (2,)))(tokens, start)
+    hidden, cache = read(cache, opening, start)
+    last = jnp.take_along_axis(hidden, (length - 1 - start)[:, None, None], axis=1)[:, 0]
+    token, log_q = choose(last, 0)
+    first = jax.tree.map(lambda x: x[None], (token, log_q))
+    (cache, _, _), rest = jax.lax.scan(follow, (cache, token, length), jnp.arange(1, number))
+    drafted, log_q = jax.tree.map(lambda a, b: jnp.moveaxis(jnp.concatenate([a, b]), 0, 1), first, rest)
+    return Draft(drafted, jnp.full(length.shape, number, jnp.int32), log_q), cache
 
 
 def _by_row(function: Callable, params: LMDrafterParams, adapter: Adapter | None, *rows: Any) -> Any:

@@ -21,19 +21,33 @@ from jaxspec.store.stages import MANIFEST, read_json
 from jaxspec.store.trees import read_tree
 from jaxspec.transformer import abstract
 
-BANK, MIXED, TRUNK_FILE, ROUTER, TEST, POINTS, EXTRAS = (
+BANK, MIXED, TRUNK_FILE, ROUTER, TEST, POINTS, NORMAL, EXTRAS = (
     "bank.safetensors",
     "mixed.safetensors",
     "trunk.safetensors",
     "router.safetensors",
     "test.jsonl",
     "points.npz",
+    "normal.npz",
     "extras.json",
 )
 
 
 MERGED = ("merged-average", "merged-awd", "merged-doge")
-METHODS = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "wrong", "oracle", "ngram", *MERGED)
+ONLINE = ("online", "online-wrong")
+METHODS = (
+    "autoregressive",
+    "base",
+    "mixed",
+    "routed",
+    "chosen",
+    "random",
+    "wrong",
+    "oracle",
+    "ngram",
+    *ONLINE,
+    *MERGED,
+)
 """What `decode.bench` can measure of any pool; no drafter that is added may have such a name."""
 NAME = "[a-z0-9][a-z0-9-]*"
 """How a drafter or a pool may be named on the command line."""

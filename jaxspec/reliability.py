@@ -1,0 +1,91 @@
+"""Which specialists can be relied on, by what prompts that they served had accepted.
+
+A specialist is kept where it takes no more rounds than what adapters belong on would have taken for the same tokens, by the
+calibration; one that fails is left out, but for a probe now and then by which it comes back.
+Source of one weight a model, learnt from use: https://arxiv.org/abs/2311.14756; there it is learnt by exploring, here
+every prompt is evidence.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxspec.engine import Method, Routes
+from jaxspec.router import TRUNK
+from jaxspec.store.pool import drafter_names, expected_seconds
+
+DECAY = 0.9  # what a prompt's evidence is worth after one more of the same drafter
+EVIDENCE = 10.0  # rounds below which nobody is judged
+MARGIN = 0.9  # of the expected rounds: a little bad luck is none of the drafter's fault
+PROBE = 16  # prompts of a drafter that is left out, one of which it serves
+
+
+class Evidence(NamedTuple):
+    """What is known of D specialists.
+
+    rounds: `[D]` that their prompts took, decayed; expected: `[D]` rounds that the trunk would have taken for the tokens.
+    withheld: `[D]` prompts that each would have served, had it been relied on, since its last probe.
+    """
+
+    rounds: np.ndarray
+    expected: np.ndarray
+    withheld: np.ndarray
+
+
+def unknown(number: int) -> Evidence:
+    """Nothing is known of so many specialists."""
+    return Evidence(np.zeros(number), np.zeros(number), np.zeros(number, int))
+
+
+def observed(evidence: Evidence, drafter: int, rounds: float, expected: float) -> Evidence:
+    """One more prompt that a drafter served in so many rounds, for which the trunk would have taken `expected`."""
+    own = np.arange(len(evidence.rounds)) == drafter
+    add = lambda sums, value: np.where(own, DECAY * sums + value, sums)
+    return evidence._replace(rounds=add(evidence.rounds, rounds), expected=add(evidence.expected, expected))
+
+
+def reliable(evidence: Evidence) -> np.ndarray:
+    """Which specialists `[D]` may serve."""
+    return (evidence.rounds < EVIDENCE) | (MARGIN * evidence.rounds <= evidence.expected)
+
+
+def served(evidence: Evidence, routes: Sequence[int]) -> tuple[np.ndarray, Evidence]:
+    """Routes with TRUNK in place of specialists that are left out, every PROBE-th prompt of theirs excepted."""
+    withheld, able, out = evidence.withheld.copy(), reliable(evidence), []
+    for route in routes:
+        if not 0 <= route < len(able) or able[route]:
+            out.append(route)
+            continue
+        withheld[route] = (withheld[route] + 1) % PROBE
+        out.append(TRUNK if withheld[route] else route)
+    return np.array(out), evidence._replace(withheld=withheld)
+
+
+class Reliability:
+    """The evidence of one run with a pool, and the routes that follow from it."""
+
+    def __init__(self, facts: dict[str, Any], num_speculative_tokens: int):
+        self.evidence = unknown(len(facts["tasks"]))
+        self._trunk = expected_seconds(facts, drafter_names(facts)[-1:], [num_speculative_tokens])[
+            0, :, 0
+        ]  # rounds a token
+
+    def saw(self, route: int, task: int, rounds: int, tokens: int) -> None:
+        """A prompt of the router's task was answered in so many rounds by a route; only specialists are judged."""
+        if 0 <= route < len(self.evidence.rounds):
+            self.evidence = observed(self.evidence, route, rounds, tokens * self._trunk[task])
+
+    def over(self, method: Method) -> Method:
+        """The method without the specialists that cannot be relied on; its prompts are then served by the trunk."""
+
+        def route(features: np.ndarray) -> Routes:
+            found = method.route(features)
+            routes, self.evidence = served(self.evidence, found.route.tolist())
+            return found._replace(route=routes)
+
+        return method._replace(route=route)
+
+    def left_out(self) -> list[int]:
+        """Specialists that are not relied on by now."""
+        return np.flatnonzero(~reliable(self.evidence)).tolist()

@@ -1,0 +1,88 @@
+"""Specialists that fail are left out after a few prompts and come back when they no longer do; the text stays the same."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxspec import reliability, serving
+from jaxspec.reliability import PROBE, Reliability, observed, reliable, served, unknown
+from jaxspec.requests import Request
+from jaxspec.router import TRUNK
+from jaxspec.store.models import encode
+from jaxspec.store.prompts import read_prompts
+
+
+def test_two_of_eight_that_fail_are_left_out_after_a_few_prompts_and_come_back():
+    """The trunk would take 20 rounds for a text; a good specialist takes 14, one that fails 30, with some luck or less."""
+    draw, evidence, seen = np.random.default_rng(0), unknown(8), np.zeros(8, int)
+    served_by: list[list[int]] = [[] for _ in range(8)]
+    for _ in range(800):
+        own = int(draw.integers(8))
+        (route,), evidence = served(evidence, [own])
+        served_by[own].append(int(route))
+        failing = own in (2, 5) and seen[own] < 50
+        seen[own] += 1
+        if route != TRUNK:
+            evidence = observed(evidence, route, draw.normal(30 if failing else 14, 3), 20)
+    for own, routes in enumerate(served_by):
+        first, last = np.array(routes[:50]), np.array(routes[-15:])
+        if own in (2, 5):
+            assert (first != TRUNK).sum() <= 2 + 50 // PROBE and (first[2:PROBE] == TRUNK).all()
+            assert (last != TRUNK).all() or len(routes) < 50 + 8 * PROBE
+        else:
+            assert (np.array(routes) == own).all()
+    assert reliable(evidence)[[0, 1, 3, 4, 6, 7]].all()
+
+
+def test_what_came_back_serves_again():
+    """Old failures fade, however many there were."""
+    evidence, probes = unknown(1), 0
+    for _ in range(50):
+        evidence = observed(evidence, 0, 60, 20)
+    while not reliable(evidence)[0] and probes < 25:
+        routes, evidence = served(evidence, [0] * PROBE)
+        assert routes.tolist() == [TRUNK] * (PROBE - 1) + [0]
+        evidence, probes = observed(evidence, 0, 14, 20), probes + 1
+    assert 1 < probes < 25 and served(evidence, [0])[0].tolist() == [0]
+
+
+def test_routes_that_are_no_specialists_are_left_alone():
+    evidence = observed(unknown(2), 1, 60, 20)
+    routes, _ = served(evidence, [0, 1, 2, TRUNK])
+    assert routes.tolist() == [0, TRUNK, 2, TRUNK]
+
+
+@pytest.fixture
+def corrupted(loaded):
+    """A pool of which calibration says that all specialists are good, while two of them have become noise."""
+    noise = lambda x: x.at[:2].set(3 * jax.random.normal(jax.random.key(x.size), x[:2].shape))
+    bank = [{name: (a, noise(b)) for name, (a, b) in layer.items()} for layer in loaded.bank]
+    lengths = loaded.facts["acceptance_length"]
+    better = {name: [[9.0] * len(own) for own in lengths["trunk"]] for name in loaded.tasks}
+    facts = loaded.facts | {"acceptance_length": lengths | better, "fallback_below": 0.0}
+    return dataclasses.replace(loaded, bank=bank, facts=facts)
+
+
+def test_nothing_is_served_by_noise_after_a_few_prompts(corrupted, world, monkeypatch):
+    monkeypatch.setattr(reliability, "EVIDENCE", 4.0)  # texts of the toy world take few rounds
+    engine = serving.speculative(corrupted, 2, slots=2, room=160)
+    lines = read_prompts(str(world.prompts))
+    ids = [encode(corrupted.pair.tokenizer, line) for line in lines]
+    requests = [Request(ids=own, max_new_tokens=12, number=i) for i, own in enumerate(ids)]
+    trust, plain = Reliability(corrupted.facts, 2), serving.routed(corrupted, 2)
+    done = []
+    for at in range(0, len(requests), 2):
+        for completion in engine.complete(requests[at : at + 2], trust.over(plain)):
+            trust.saw(completion.route, completion.task, completion.counts.num_drafts, completion.counts.num_emitted)
+            done.append(completion)
+    by_task = [np.array([own.route for own in done if own.task == task]) for task in range(3)]
+    assert trust.left_out() == [0, 1]
+    for task in (0, 1):
+        assert len(by_task[task]) > 8 and (by_task[task][4:PROBE] == TRUNK).all()
+    assert (by_task[2] == 2).all()
+    without = engine.complete(requests, plain)
+    assert [own.ids for own in without] == [own.ids for own in done]
+    rounds = lambda completions: sum(own.counts.num_drafts for own in completions)
+    assert rounds(done) < rounds(without)

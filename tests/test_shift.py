@@ -1,0 +1,102 @@
+"""Prompts that no task explains are found, counted and kept; a normal job is left alone."""
+
+import functools
+import json
+import random
+
+import numpy as np
+import pytest
+
+from decode import generate, unexplained
+from decode.generate import Generate
+from jaxspec import serving, shift
+from jaxspec.store.pool import NORMAL
+from jaxspec.store.prompts import read_prompts
+
+GARDEN = "water these seedling tulip spade compost moss hedge beneath mulch rake fern trellis"
+
+
+@pytest.fixture(scope="module")
+def in_memory(loaded):
+    """Jobs take the pool that was read already, and the engine that an equal job has compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "speculative", functools.cache(serving.speculative))
+        patch.setattr(generate, "load_pool", lambda *paths, **places: loaded)
+        yield
+
+
+@pytest.fixture
+def job(in_memory, pool, world, tmp_path):
+    """`job(unseen, known)`: answers so many prompts of a task that is not in the pool's log, and of those that are."""
+    draw = random.Random(5)
+    fresh = [" ".join(draw.choices(GARDEN.split(), k=draw.randint(4, 8))) for _ in range(40)]
+    lines = [{"id": f"garden-{i}", "prompt": text} for i, text in enumerate(fresh)]
+    old = [json.loads(line) for file in sorted(world.prompts.iterdir()) for line in file.read_text().splitlines()]
+
+    def answer(unseen, known, name="out.jsonl"):
+        own = [*old[:: len(old) // known if known else 1][:known], *lines[:unseen]]
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own))
+        out = tmp_path / name
+        shape = {"batch": 4, "max_new_tokens": 2, "num_speculative_tokens": 2}
+        generate.run(Generate(pool=pool, input=str(tmp_path / "in.jsonl"), output=str(out), **shape))
+        return out.with_name(f"{name}.unexplained.jsonl")
+
+    return answer
+
+
+def test_a_task_that_was_never_seen_is_told_of_and_kept_as_prompts(job, capsys):
+    kept = job(unseen=30, known=15)
+    said = next(line for line in capsys.readouterr().err.splitlines() if "resemble" in line)
+    number, prompts = int(said.split()[1]), int(said.split()[3])
+    assert prompts == 45 and 18 <= number <= 36 and "garden-" in said and str(kept) in said
+    found = read_prompts(str(kept))
+    assert sum(line.id.startswith("garden") for line in found) > 0.8 * number and len(found) == number
+    assert all(line.messages[0]["role"] == "user" and line.text for line in found)
+
+
+def test_a_job_of_the_tasks_that_are_known_says_nothing(job, capsys):
+    assert not job(unseen=0, known=45).exists()
+    assert "resemble" not in capsys.readouterr().err
+
+
+def test_a_pool_that_does_not_say_what_is_normal_is_served_without_a_word(job, monkeypatch, capsys, loaded):
+    assert (loaded.path / NORMAL).exists()
+    monkeypatch.setattr(unexplained, "NORMAL", "not-there.npz")
+    assert not job(unseen=30, known=3).exists()
+    assert "resemble" not in capsys.readouterr().err
+
+
+def test_what_is_kept_is_bounded_and_does_not_depend_on_the_order():
+    names = [f"prompt {i}" for i in range(1000)]
+    once = shift.kept(names, 50)
+    assert len(once) == 50 and shift.kept(reversed(names), 50) == once
+    in_parts = shift.kept([*shift.kept(names[:300], 50), *names[300:]], 50)
+    assert in_parts == once and len({name[:8] for name in once}) > 5  # of all of them, not of the first
+
+
+def test_few_strange_prompts_are_normal():
+    assert not shift.unexplained(9, 20) and not shift.unexplained(10, 1000) and not shift.unexplained(40, 1000)
+    assert shift.unexplained(10, 200) and shift.unexplained(41, 1000)
+
+
+def test_the_share_of_normal_prompts_that_are_strange_is_what_was_asked_for():
+    """Clusters in eight dimensions: one in a hundred by each of two thresholds, and nearly all of a cluster elsewhere."""
+    draw, centres = np.random.default_rng(0), 6 * np.eye(8)
+    task = draw.integers(0, 5, 4000)
+    of = lambda task: centres[task] + draw.normal(size=(len(task), 8))
+    sure = draw.uniform(0.5, 1.0, 4000)
+    known = shift.normal(of(task), task, of(task), sure)
+    alike = shift.strange(known, of(task), draw.uniform(0.5, 1.0, 4000)).mean()
+    assert 0.01 <= alike <= 0.03
+    assert shift.strange(known, of(np.full(100, 7)), np.ones(100)).mean() > 0.95
+    assert shift.strange(known, of(task), np.zeros(4000)).all()
+
+
+def test_a_direction_in_which_no_prompt_ever_went_is_told_where_features_are_many():
+    """Only AXES directions have a variance of their own; the new prompts differ in one of the others alone."""
+    draw, task = np.random.default_rng(0), np.zeros(600, int)
+    features = np.pad(draw.normal(size=(600, shift.AXES + 8)), ((0, 0), (0, 64)))
+    known = shift.normal(features, task, features, np.ones(600))
+    assert known.axes.shape == (shift.AXES + 72, shift.AXES)
+    assert not shift.strange(known, features, np.ones(600)).all()
+    assert shift.strange(known, features + 2.0 * (np.arange(features.shape[1]) >= shift.AXES + 8), np.ones(600)).all()
