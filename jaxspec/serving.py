@@ -160,7 +160,9 @@ def chosen(pool: Pool, slots: int, among: Options, *, bank: bool = False) -> Met
     route = _classifier(pool, choose)
     if united:
         return always(pool, "mixed", slots)._replace(name="chosen", route=route)
-    return Method("chosen", route, _of_families(pool, slots, among), lambda own: max(int(among.family[own]), 0))
+    return Method(
+        "chosen", route, _of_families(pool, slots, among), lambda own: int(among.family[own]) if own >= 0 else 0
+    )
 
 
 def _of_families(pool: Pool, slots: int, among: Options) -> Callable[[np.ndarray], Any]:

@@ -137,7 +137,7 @@ def test_the_choice_follows_the_tasks(calibrated):
 def test_a_companion_that_has_changed_is_refused(calibrated, tmp_path):
     moved = {**calibrated.facts["further"]["big"], "digest": "other"}
     pool = dataclasses.replace(calibrated, facts={**calibrated.facts, "further": {"big": moved}})
-    with pytest.raises(UserError, match="has changed since .* was calibrated with it"):
+    with pytest.raises(UserError, match=r"has changed since .* was calibrated with it"):
         companion(pool, "big")
 
 
@@ -145,5 +145,5 @@ def test_a_companion_that_has_changed_is_refused(calibrated, tmp_path):
 def test_families_need_a_form_and_a_name_of_their_own(finished, out_with, further):
     out = out_with("trace", "partition", "align", "router")
     spec = dataclasses.replace(finished.calibrate, further=further)
-    with pytest.raises(UserError, match="--calibrate.further"):
+    with pytest.raises(UserError, match=r"--calibrate\.further"):
         calibrate.run(dataclasses.replace(finished, out=str(out), calibrate=spec))
