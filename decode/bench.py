@@ -14,6 +14,7 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -153,7 +154,7 @@ class Work(NamedTuple):
         """One batch by one method."""
         method, routes, _ = self.methods[name]
         of = lambda i: {} if routes is None else {"route": int(routes[i])}
-        requests = [dataclasses.replace(self.asks[i].request, **of(i), **changes) for i in rows]
+        requests = [dataclasses.replace(self.asks[i].request, **(of(i) | changes)) for i in rows]
         return Result(rows, engine.complete(requests, method), engine.seconds)
 
     def warm_up(self, engines: dict[str, Engine]) -> None:
@@ -162,9 +163,10 @@ class Work(NamedTuple):
         for _, rows in tqdm(self.batches, desc="warm-up", leave=False):
             for i, name in itertools.product(rows, self.methods):
                 bucket = bucket_of(len(self.asks[i].request.ids), self.config.smallest_bucket)
-                kind = name, bucket
-                for k in engines[name].lengths if kind not in seen else ():
-                    self.decode(engines[name], name, [i], max_new_tokens=2, num_speculative_tokens=k)
+                kind, method = (name, bucket), self.methods[name].method
+                families = {method.family(route): {"route": route} for route in self.methods[name].reach} or {0: {}}
+                for own, k in itertools.product(families.values(), engines[name].lengths) if kind not in seen else ():
+                    self.decode(engines[name], name, [i], max_new_tokens=2, num_speculative_tokens=k, **own)
                 seen.add(kind)
         for chosen in self.methods.values() if self.config.batch == 1 else ():
             for route in chosen.reach:
@@ -205,6 +207,8 @@ class Work(NamedTuple):
 
 def _check(config: Bench) -> None:
     rivals.measured(config.methods, rivals.parse(config.rivals, config.pool), config.pool)
+    if config.rivals and not config.prompts:
+        raise UserError("--rivals needs --prompts: a rival may have been trained on the pool's own test split")
     if config.json and not Path(config.json).absolute().parent.is_dir():
         raise UserError(f"--json {config.json}: its folder does not exist; make it first")
 
@@ -317,13 +321,14 @@ def _engines(config: Bench, contender: Contender, rule: str, shape: dict) -> dic
     pool = contender.pool
     k = draft_length(pool.facts, config.num_speculative_tokens, least=1)
     among = options(pool.facts, config.num_speculative_tokens, config.batch)
+    online = cache(lambda: serving.online(pool, k, rule, **shape))
     special = {
-        "chosen": serving.choosing(pool, among.families, rule, **shape),
-        "ngram": serving.looking_up(pool, k, rule, **shape),
-        **dict.fromkeys(ONLINE, serving.online(pool, k, rule, **shape)),
+        "chosen": lambda: serving.choosing(pool, among.families, rule, **shape),
+        "ngram": lambda: serving.looking_up(pool, k, rule, **shape),
+        **dict.fromkeys(ONLINE, online),
     }
     spec = serving.speculative(pool, k, rule, **shape)
-    return {name: special.get(name, spec) for name in contender.methods}
+    return {name: special[name]() if name in special else spec for name in contender.methods}
 
 
 def _fastest(work: Work, pool: Pool, shape: dict, rule: str) -> tuple[int, Engine]:

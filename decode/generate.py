@@ -306,13 +306,15 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
     )
     named = any(isinstance(ask, Ask) and ask.request.route is not None for ask in job.asks)
     # Of one length the choice is the same for any batch, as the records must be.
-    chosen = serving.chosen(pool, config.batch, options(pool.facts, length, config.batch), bank=named)
-    method = serving.hedging(pool, config.batch) if config.online else chosen
+    among = options(pool.facts, length, config.batch)
+    chosen = lambda: serving.chosen(pool, config.batch, among, bank=named)
+    method = serving.hedging(pool, config.batch) if config.online else chosen()
     asks = [ask for i in todo if isinstance(ask := job.asks[i], Ask)]
     trust = Reliability(pool.facts, length)
     for piece in serve(pool, engine, trust.over(method) if config.reliability else method, asks, rounds=ROUNDS):
         own = piece.completion
-        if own and own.task and asks[piece.index].request.draft_limit >= length:
+        request = asks[piece.index].request
+        if own and own.task and request.draft_limit >= length and request.temperature == 0:  # as calibration was
             rounds, tokens = own.num_drafts, len(own.token_ids)
             trust.saw(pool.names.index(own.drafter), pool.tasks.index(own.task), rounds, tokens)
         yield (todo[piece.index], own) if own else None

@@ -77,10 +77,10 @@ def lookups(drafter: Drafter, traces: Traces, examples: Sequence[int]) -> list[n
     room = max(len(traces.tokens[i]) - int(traces.prompt_length[i]) for i in examples) if examples else 0
 
     @jax.jit
-    def right(tokens: Array, begin: Array) -> Array:
+    def right(tokens: Array, best: Array, begin: Array) -> Array:
         length = begin + jnp.arange(room)
         draft, _ = drafter.propose((), (), jnp.broadcast_to(tokens, (room, slots)), length, None, None)
-        said = tokens[jnp.minimum(length[:, None] + jnp.arange(drafter.num_nodes), slots - 1)]
+        said = best[jnp.minimum(length[:, None] + jnp.arange(drafter.num_nodes), slots - 1)]
         counts = jnp.arange(drafter.num_nodes) < draft.num_drafted[:, None]
         return jnp.cumprod(counts & (draft.tokens == said), axis=1).sum(1)
 
@@ -88,7 +88,11 @@ def lookups(drafter: Drafter, traces: Traces, examples: Sequence[int]) -> list[n
     for i in examples:
         text, begin = traces.tokens[i], int(traces.prompt_length[i])
         left = np.arange(len(text) - begin, 0, -1)  # what lies behind the text is no token
-        run = np.asarray(right(np.pad(text, (0, slots - len(text))), begin))
+        best = np.concatenate(
+            [text[:begin], traces.top_ids[i][: len(left), 0]]
+        )  # the target's own, whatever the log says
+        row = lambda ids: np.pad(ids, (0, slots - len(ids)))
+        run = np.asarray(right(row(text), row(best), begin))
         found.append(np.minimum(run[: len(left)], left))
     return found
 

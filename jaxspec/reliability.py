@@ -6,14 +6,13 @@ Source of one weight a model, learnt from use: https://arxiv.org/abs/2311.14756;
 every prompt is evidence.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxspec.engine import Method, Routes
 from jaxspec.router import TRUNK
-from jaxspec.store.pool import drafter_names, expected_seconds
+from jaxspec.store.pool import drafter_names, tokens_a_round
 
 DECAY = 0.9  # what a prompt's evidence is worth after one more of the same drafter
 EVIDENCE = 10.0  # rounds below which nobody is judged
@@ -25,7 +24,7 @@ class Evidence(NamedTuple):
     """What is known of D specialists.
 
     rounds: `[D]` that their prompts took, decayed; expected: `[D]` rounds that the trunk would have taken for the tokens.
-    withheld: `[D]` prompts that each would have served, had it been relied on, since its last probe.
+    withheld: `[D]` prompts that each would have served, had it been relied on, since it served last.
     """
 
     rounds: np.ndarray
@@ -42,7 +41,13 @@ def observed(evidence: Evidence, drafter: int, rounds: float, expected: float) -
     """One more prompt that a drafter served in so many rounds, for which the trunk would have taken `expected`."""
     own = np.arange(len(evidence.rounds)) == drafter
     add = lambda sums, value: np.where(own, DECAY * sums + value, sums)
-    return evidence._replace(rounds=add(evidence.rounds, rounds), expected=add(evidence.expected, expected))
+    withheld = np.where(own, 0, evidence.withheld)
+    return Evidence(add(evidence.rounds, rounds), add(evidence.expected, expected), withheld)
+
+
+def missed(evidence: Evidence, drafter: int) -> Evidence:
+    """One more prompt that the trunk served in a drafter's place."""
+    return evidence._replace(withheld=evidence.withheld + (np.arange(len(evidence.withheld)) == drafter))
 
 
 def reliable(evidence: Evidence) -> np.ndarray:
@@ -50,16 +55,12 @@ def reliable(evidence: Evidence) -> np.ndarray:
     return (evidence.rounds < EVIDENCE) | (MARGIN * evidence.rounds <= evidence.expected)
 
 
-def served(evidence: Evidence, routes: Sequence[int]) -> tuple[np.ndarray, Evidence]:
-    """Routes with TRUNK in place of specialists that are left out, every PROBE-th prompt of theirs excepted."""
-    withheld, able, out = evidence.withheld.copy(), reliable(evidence), []
-    for route in routes:
-        if not 0 <= route < len(able) or able[route]:
-            out.append(route)
-            continue
-        withheld[route] = (withheld[route] + 1) % PROBE
-        out.append(TRUNK if withheld[route] else route)
-    return np.array(out), evidence._replace(withheld=withheld)
+def served(evidence: Evidence, routes: np.ndarray) -> np.ndarray:
+    """Routes with TRUNK in place of specialists that are left out, but for a probe once PROBE - 1 prompts were withheld."""
+    own = np.clip(routes, 0, len(evidence.rounds) - 1)
+    specialist = (routes >= 0) & (routes < len(evidence.rounds))
+    out = specialist & ~reliable(evidence)[own] & (evidence.withheld[own] < PROBE - 1)
+    return np.where(out, TRUNK, routes)
 
 
 class Reliability:
@@ -67,22 +68,21 @@ class Reliability:
 
     def __init__(self, facts: dict[str, Any], num_speculative_tokens: int):
         self.evidence = unknown(len(facts["tasks"]))
-        self._trunk = expected_seconds(facts, drafter_names(facts)[-1:], [num_speculative_tokens])[
-            0, :, 0
-        ]  # rounds a token
+        self._trunk = tokens_a_round(facts, drafter_names(facts)[-1:], [num_speculative_tokens])[0, :, 0]
 
     def saw(self, route: int, task: int, rounds: int, tokens: int) -> None:
         """A prompt of the router's task was answered in so many rounds by a route; only specialists are judged."""
         if 0 <= route < len(self.evidence.rounds):
-            self.evidence = observed(self.evidence, route, rounds, tokens * self._trunk[task])
+            self.evidence = observed(self.evidence, route, rounds, tokens / self._trunk[task])
+        elif task in self.left_out():
+            self.evidence = missed(self.evidence, task)
 
     def over(self, method: Method) -> Method:
         """The method without the specialists that cannot be relied on; its prompts are then served by the trunk."""
 
         def route(features: np.ndarray) -> Routes:
             found = method.route(features)
-            routes, self.evidence = served(self.evidence, found.route.tolist())
-            return found._replace(route=routes)
+            return found._replace(route=served(self.evidence, found.route))
 
         return method._replace(route=route)
 

@@ -72,8 +72,11 @@ def fastest(probability: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, n
 
     Args:
         probability: `[B, T]` of the tasks, so that a prompt between tasks gets what serves both.
+        seconds: infinite, on all tasks, where a drafter does not draft so many tokens.
     """
-    expected = np.einsum("bt,dtk->bdk", probability, seconds)
+    never = np.isinf(seconds)
+    expected = np.einsum("bt,dtk->bdk", probability, np.where(never, 0.0, seconds))
+    expected = np.where(never.any(1), np.inf, expected)  # zero times infinity would be no number
     best = expected.reshape(len(expected), -1).argmin(-1)
     return np.unravel_index(best, expected.shape[1:])
 

@@ -114,12 +114,16 @@ def given(pool: Pool, slots: int) -> Method:
 
 def routed(pool: Pool, slots: int) -> Method:
     """The drafter of the router's choice of task, where a request does not name its route."""
+    return Method("routed", _of_task(pool), adapted(pool, slots))
+
+
+def _of_task(pool: Pool) -> Callable[[np.ndarray], Routes]:
     drafters = np.array([*pool.drafters, router.TRUNK])  # the last is that of no task
 
     def choose(probability: np.ndarray) -> tuple[np.ndarray, None]:
         return drafters[router.choose(probability, pool.facts["fallback_below"])], None
 
-    return Method("routed", _classifier(pool, choose), adapted(pool, slots))
+    return _classifier(pool, choose)
 
 
 @lru_cache(maxsize=4)
@@ -127,7 +131,7 @@ def hedging(pool: Pool, slots: int) -> Method:
     """All of `candidates`; what `routed` would choose, or the request's own route, is where each row begins."""
     weights = [laid(pool.drafter(name), slots) for name in candidates(pool)]
     beside = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
-    return routed(pool, slots)._replace(name="online", drafter_params=lambda routes: beside)
+    return Method("online", _of_task(pool), lambda routes: beside)
 
 
 def chosen(pool: Pool, slots: int, among: Options, *, bank: bool = False) -> Method:
@@ -139,22 +143,22 @@ def chosen(pool: Pool, slots: int, among: Options, *, bank: bool = False) -> Met
     with the bank, which the mixed drafter is no part of: where it promises more, it serves all rows, unless requests name
     drafters of the `bank`.
     """
-    alone, mixed, trunk = slots == 1 and len(among.lengths) > 1, len(pool.tasks), len(pool.names) - 1
+    alone, mixed, trunk = among.alone, len(pool.tasks), len(pool.names) - 1
     base = pool.names.index("base") if alone else trunk
     of_bank = [*range(mixed), trunk]
     share = np.array(pool.facts["sizes"]) / sum(pool.facts["sizes"])
     mean = np.einsum("t,dtk->d", share, among.seconds[: trunk + 1, :, -1:])
     united = not (alone or bank) and mean[mixed] <= mean[of_bank].min()
-    candidates = [mixed] if united else np.flatnonzero(among.family >= 0).tolist() if alone else of_bank
+    drafters = [mixed] if united else np.flatnonzero(among.family >= 0).tolist() if alone else of_bank
 
-    def best(drafters: list[int], probability: np.ndarray) -> np.ndarray:
-        own, length = router.fastest(probability, among.seconds[drafters])
-        return np.stack([np.array(drafters)[own], np.array(among.lengths)[length]])
+    def best(of: list[int], probability: np.ndarray) -> np.ndarray:
+        own, length = router.fastest(probability, among.seconds[of])
+        return np.stack([np.array(of)[own], np.array(among.lengths)[length]])
 
     def choose(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         unsure = probability.max(-1) < pool.facts["fallback_below"]
         fallback = best([mixed] if united else [base], probability)
-        drafter, k = np.where(unsure, fallback, best(candidates, probability))
+        drafter, k = np.where(unsure, fallback, best(drafters, probability))
         return np.where((drafter == trunk) | (k == 0), router.TRUNK, drafter), k
 
     route = _classifier(pool, choose)

@@ -35,7 +35,8 @@ class Completion:
 
     text: without special tokens, cut before a stop string; token_ids: to the token that ended it, that one included.
     finish_reason: `stop` (a stop token or string) or `length`.
-    task: the router's likeliest task; drafter: who drafted, one of `Pool.names`; route_confidence: of that task.
+    task: the router's likeliest task; route_confidence: of that task; drafter: who drafted, one of `Pool.names` or of a
+    further family.
     num_drafts: target calls after prefill; num_draft_tokens, num_accepted_tokens: of whole blocks, as vLLM counts them;
         num_accepted_tokens_per_pos: accepted by place in the block, up to where the text ends.
     logprobs: the target's log probability of each token, in nats: as it is, and after temperature, top-k and top-p.

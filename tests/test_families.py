@@ -87,6 +87,12 @@ def knowing(pool, best: dict[int, tuple[str, int]]):
 def test_a_family_that_is_nowhere_the_fastest_is_not_loaded(calibrated):
     own = options(knowing(calibrated, {0: ("task 0", 2), 1: ("task 1", 1), 2: ("mixed", 2)}).facts)
     assert own.families == (("", (1, 2)),) and (own.family == [0] * 6 + [-1] * 6).all()
+    measured = knowing(calibrated, {0: ("task 0", 2), 1: ("task 1", 1), 2: ("mixed", 2)}).facts
+    nothing = {
+        **measured["calibration"],
+        0: {"tokens_per_second": 3.0, "round_milliseconds": 9.0},
+    }  # the own alone have it
+    assert options({**measured, "calibration": nothing}).families == (("", (0, 1, 2)),)
     some = options(knowing(calibrated, {0: ("task 0", 2), 1: ("ngram", 1), 2: ("ngram", 1)}).facts)
     assert some.families == (("", (2,)), ("ngram", (1,)))
     assert np.isinf(some.seconds[some.names.index("ngram"), :, 1]).all()

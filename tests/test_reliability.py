@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxspec import reliability, serving
-from jaxspec.reliability import PROBE, Reliability, observed, reliable, served, unknown
+from jaxspec.reliability import PROBE, Reliability, missed, observed, reliable, served, unknown
 from jaxspec.requests import Request
 from jaxspec.router import TRUNK
 from jaxspec.store.models import encode
@@ -20,12 +20,12 @@ def test_two_of_eight_that_fail_are_left_out_after_a_few_prompts_and_come_back()
     served_by: list[list[int]] = [[] for _ in range(8)]
     for _ in range(800):
         own = int(draw.integers(8))
-        (route,), evidence = served(evidence, [own])
+        (route,) = served(evidence, np.array([own]))
         served_by[own].append(int(route))
         failing = own in (2, 5) and seen[own] < 50
         seen[own] += 1
-        if route != TRUNK:
-            evidence = observed(evidence, route, draw.normal(30 if failing else 14, 3), 20)
+        rounds = draw.normal(30 if failing else 14, 3)
+        evidence = missed(evidence, own) if route == TRUNK else observed(evidence, route, rounds, 20)
     for own, routes in enumerate(served_by):
         first, last = np.array(routes[:50]), np.array(routes[-15:])
         if own in (2, 5):
@@ -42,16 +42,17 @@ def test_what_came_back_serves_again():
     for _ in range(50):
         evidence = observed(evidence, 0, 60, 20)
     while not reliable(evidence)[0] and probes < 25:
-        routes, evidence = served(evidence, [0] * PROBE)
-        assert routes.tolist() == [TRUNK] * (PROBE - 1) + [0]
+        for _ in range(PROBE - 1):
+            assert served(evidence, np.array([0, 0])).tolist() == [TRUNK, TRUNK]
+            evidence = missed(evidence, 0)
+        assert served(evidence, np.array([0])).tolist() == [0]
         evidence, probes = observed(evidence, 0, 14, 20), probes + 1
-    assert 1 < probes < 25 and served(evidence, [0])[0].tolist() == [0]
+    assert 1 < probes < 25 and served(evidence, np.array([0])).tolist() == [0]
 
 
 def test_routes_that_are_no_specialists_are_left_alone():
     evidence = observed(unknown(2), 1, 60, 20)
-    routes, _ = served(evidence, [0, 1, 2, TRUNK])
-    assert routes.tolist() == [0, TRUNK, 2, TRUNK]
+    assert served(evidence, np.array([0, 1, 2, TRUNK])).tolist() == [0, TRUNK, 2, TRUNK]
 
 
 @pytest.fixture

@@ -124,6 +124,11 @@ def _check(experiment: Experiment, mesh: Mesh) -> None:
             f"--align.refresh {spec.refresh} does not divide --align.checkpoint-every {spec.checkpoint_every}, after "
             "which a killed run could not write its texts again; give one that does"
         )
+    if spec.on_policy and spec.divergence == "negative_log_likelihood":
+        raise UserError(
+            "--align.on-policy with --align.divergence negative_log_likelihood would teach the drafter its own texts; give "
+            "a divergence between distributions, such as forward_kl"
+        )
     if spec.on_policy and experiment.distributed:
         raise UserError("--align.on-policy needs the target on this host alone; leave --distributed out")
 

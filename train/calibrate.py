@@ -6,7 +6,7 @@ Prompts of the calibrate split are decoded by their tasks' drafters, greedily, o
 will have (on a mesh, on each part of the rows), with each number of drafted tokens; passes interleave, and the number with
 the most tokens per second is the pool's. It is 0 where speculation does not pay. What every drafter would have had accepted
 there, at any number, follows from one pass over the target's texts; a task whose adapter gains nothing is served by what
-adapters belong on.
+adapters belong on. `--calibrate.further ngram NAME=POOL` measures other families of drafters beside the pool's own.
 """
 
 import json
@@ -82,6 +82,10 @@ def run(experiment: Experiment) -> None:
 def _further(spec: Calibrate) -> list[Place]:
     """The families asked for beside the pool's own."""
     found = {own: Place(own, "", "") if own == NGRAM else place("--calibrate.further", own) for own in spec.further}
+    if spec.further and spec.slots > 1:
+        raise UserError(
+            f"--calibrate.slots {spec.slots} with --calibrate.further: families are chosen among one prompt at a time; give 1"
+        )
     names = [own.name for own in found.values()]
     if len(names) > len(set(names)) or any(found[said].pool and found[said].name == NGRAM for said in found):
         raise UserError(f"--calibrate.further {' '.join(spec.further)}: every family needs a name of its own")
@@ -127,6 +131,7 @@ def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
     pair = read_pair(experiment.target, experiment.draft, experiment.dtype, sharding.asked(experiment.mesh))
     tasks = len(partition["centroids"])
     align = manifest(experiment.out, "align")
+    bank = align["results"]["bank"]
     model = lambda own: {"path": str(Path(own.path).resolve()), "digest": own.digest}
     return {
         "target": model(pair.target),
@@ -138,7 +143,7 @@ def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
         "sizes": np.bincount(partition["task"], minlength=tasks).tolist(),
         "include": list(experiment.include),
         "rank": experiment.align.rank,
-        "specialists": align["results"]["bank"],
+        "specialists": bank if isinstance(bank, str) else "bank_lora",  # the adapters' figures, in earlier versions
         "mixed": align["results"]["mixed"],
         "trunk": "trunk" in align["results"],
         "training": {name: align["config"]["align"][name] for name in ("steps", "trunk", "divergence")},

@@ -83,7 +83,7 @@ def find(experiment: Experiment, traces: Traces, texts: Sequence[str]) -> Found:
 
 def _check_seed(experiment: Experiment, traced: dict) -> None:
     """The trace kept drafters' texts out of the splits that its own seed draws."""
-    if experiment.seed != traced["seed"] and traced["trace"]["texts"] in ("draft", "mix"):
+    if experiment.seed != traced["seed"] and traced["trace"].get("texts") in ("draft", "mix"):
         raise UserError(
             f"--seed {experiment.seed} splits the log otherwise than the trace's seed {traced['seed']}, and texts that the "
             f"drafter wrote would be measured on; give --seed {traced['seed']}"

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxspec import router
 from jaxspec.config import UserError
-from jaxspec.store.pool import NAME, Pool, draft_length, drafter_names, expected_seconds, load_beside
+from jaxspec.store.pool import NAME, Pool, draft_length, drafter_names, expected_seconds, load_beside, tokens_a_round
 
 NGRAM = "ngram"
 
@@ -29,12 +29,15 @@ class Place(NamedTuple):
 class Options(NamedTuple):
     """What may draft for a prompt.
 
+    alone: whether every prompt may have a drafter and a length of its own.
     lengths: draft lengths, ascending; names: every drafter's, the pool's own first.
-    seconds: `[D, T, K]` expected seconds a token by drafter, task and length, infinite where a family does not draft so many.
+    seconds: `[D, T, K]` expected seconds a token by drafter, task and length, infinite where a family does not draft so many;
+    rounds where the length was asked for.
     families: (name, lengths) of those that are the fastest on some task; the first, of no name, is the pool's own.
     family: `[D]` index of each drafter's family, -1 for one that is not needed.
     """
 
+    alone: bool
     lengths: tuple[int, ...]
     names: tuple[str, ...]
     seconds: np.ndarray
@@ -62,8 +65,8 @@ def options(facts: Mapping[str, Any], asked: int | None = None, slots: int = 1) 
     names = tuple(drafter_names(facts))
     if asked is not None or slots > 1:
         k = draft_length(facts, asked)
-        seconds = expected_seconds(facts, names, [k])
-        return Options((k,), names, seconds, (("", (k,)),), np.zeros(len(names), int))
+        rounds = router.token_seconds(tokens_a_round(facts, names, [k]), np.ones(1))  # that length may not be measured
+        return Options(False, (k,), names, rounds, (("", (k,)),), np.zeros(len(names), int))
     lengths = tuple(sorted(map(int, facts["calibration"])))
     measured = {"": (facts, names)}
     measured |= {name: (own, tuple(own["acceptance_length"])) for name, own in facts["further"].items()}
@@ -77,7 +80,7 @@ def options(facts: Mapping[str, Any], asked: int | None = None, slots: int = 1) 
     needed = [i for i, own in enumerate(wins) if own]
     families = tuple((list(measured)[i], tuple(sorted(wins[i]))) for i in needed)
     index = np.array([needed.index(i) if i in needed else -1 for i in range(len(measured))])
-    return Options(lengths, _all_names(facts), seconds, families, index[owner])
+    return Options(True, lengths, _all_names(facts), seconds, families, index[owner])
 
 
 def drafter_name(facts: Mapping[str, Any], route: int) -> str:
@@ -89,12 +92,15 @@ def drafter_name(facts: Mapping[str, Any], route: int) -> str:
 def companion(pool: Pool, name: str) -> Pool:
     """The pool behind a family, which shares the target's weights; UserError if it is another than was calibrated with."""
     said = pool.facts["further"][name]
-    found = load_beside(said["pool"], pool, said["draft"])
+    again = (
+        f"remove {pool.path} and run `python -m train.calibrate` again with the place of {name} in --calibrate.further"
+    )
+    try:
+        found = load_beside(said["pool"], pool, said["draft"])
+    except UserError as error:
+        raise UserError(f"{name}, which {pool.path} was calibrated with, cannot be read ({error}); {again}") from error
     if found.digest != said["digest"]:
-        raise UserError(
-            f"{said['pool']} has changed since {pool.path} was calibrated with it; remove that and run `python -m "
-            "train.calibrate` again"
-        )
+        raise UserError(f"{said['pool']} has changed since {pool.path} was calibrated with it; {again}")
     return found
 
 

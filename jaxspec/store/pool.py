@@ -165,20 +165,24 @@ def served_by_trunk(facts: dict) -> list[bool]:
     return [own is not None and own[k] <= without[k] for own, without in pairs]
 
 
-def expected_seconds(measured: Mapping[str, Any], names: Sequence[str], lengths: Sequence[int]) -> np.ndarray:
-    """Expected seconds a token `[D, T, K]` of drafters on every task with so many tokens drafted a round.
+def tokens_a_round(measured: Mapping[str, Any], names: Sequence[str], lengths: Sequence[int]) -> np.ndarray:
+    """Tokens a round `[D, T, K]` of drafters on every task with so many tokens drafted.
 
-    A task without prompts in the calibrate split counts as the mean of the others, a length that was not measured as infinite.
+    A task without prompts in the calibrate split counts as the mean of the others.
 
     Args:
-        measured: `acceptance_length` by drafter, task and length, and `calibration` by length.
+        measured: `acceptance_length` by drafter, task and length.
     """
     of_task = lambda own: [np.nan] * len(lengths) if own is None else [own[k] for k in lengths]
     accepted = np.array([[of_task(own) for own in measured["acceptance_length"][name]] for name in names])
-    accepted = np.where(np.isnan(accepted), np.nanmean(accepted, axis=1, keepdims=True), accepted)
+    return np.where(np.isnan(accepted), np.nanmean(accepted, axis=1, keepdims=True), accepted)
+
+
+def expected_seconds(measured: Mapping[str, Any], names: Sequence[str], lengths: Sequence[int]) -> np.ndarray:
+    """Expected seconds a token `[D, T, K]`, infinite at lengths that were not measured; `measured` has `calibration` too."""
     rounds = {int(k): row["round_milliseconds"] / 1e3 for k, row in measured["calibration"].items()}
-    of_length = [1.0] if len(lengths) == 1 else [rounds.get(k, np.inf) for k in lengths]
-    return router.token_seconds(accepted, np.array(of_length))
+    of_length = np.array([rounds.get(k, np.inf) for k in lengths])
+    return router.token_seconds(tokens_a_round(measured, names, lengths), of_length)
 
 
 def known_pool(
@@ -221,7 +225,7 @@ def load_beside(path: str, other: Pool, draft: str = "") -> Pool:
                 f"{path} was made with another {name} than {other.path}: its digest is {found}, not {known[name]}; "
                 f"only pools of one {name} can be measured together"
             )
-    shared, place = not draft and facts["draft"]["digest"] == other.pair.draft.digest, draft or facts["draft"]["path"]
+    shared, place = facts["draft"]["digest"] == other.pair.draft.digest, draft or facts["draft"]["path"]
     if not (shared or Path(place).is_dir()):
         raise UserError(f"{place}, the base drafter of {path}, is not there; name its folder as {path},FOLDER")
     pair = other.pair if shared else with_draft(other.pair, place, other.mesh)

@@ -72,12 +72,15 @@ def finish(stage: Stage, **results: Any) -> str:
     return manifest["digest"]
 
 
+MAKERS = {"pool": "calibrate"}  # stages whose folder has another name than their command
+
+
 def manifest(out: str, name: str) -> dict:
     """A complete stage's manifest; UserError names the stage to run when there is none."""
     file = Path(out, name, MANIFEST)
     if not file.exists():
         raise UserError(
-            f"{file.parent} is not a finished stage; run `python -m train.{name}` with the same flags first"
+            f"{file.parent} is not a finished stage; run `python -m train.{MAKERS.get(name, name)}` with the same flags first"
         )
     return read_json(file)
 
