@@ -81,15 +81,15 @@ def run(experiment: Experiment) -> None:
 
 def _further(spec: Calibrate) -> list[Place]:
     """The families asked for beside the pool's own."""
-    found = {own: Place(own, "", "") if own == NGRAM else place("--calibrate.further", own) for own in spec.further}
+    found = [Place(own, "", "") if own == NGRAM else place("--calibrate.further", own) for own in spec.further]
     if spec.further and spec.slots > 1:
         raise UserError(
             f"--calibrate.slots {spec.slots} with --calibrate.further: families are chosen among one prompt at a time; give 1"
         )
-    names = [own.name for own in found.values()]
-    if len(names) > len(set(names)) or any(found[said].pool and found[said].name == NGRAM for said in found):
+    names = [own.name for own in found]
+    if len(names) > len(set(names)):
         raise UserError(f"--calibrate.further {' '.join(spec.further)}: every family needs a name of its own")
-    return list(found.values())
+    return found
 
 
 def _looked_up(judge: forced.Judge) -> dict:
@@ -102,7 +102,7 @@ def _of_pool(own: Place, pool: Pool, judge: forced.Judge) -> dict:
     """What the facts say of another pool's drafters, their rounds aside."""
     drafters = tqdm(pool.names, desc=f"calibrate: acceptance of {own.name}", unit="drafter")
     accepted = {f"{own.name}/{name}": judge.of(pool.pair).lengths(pool.drafter(name)) for name in drafters}
-    where = {"pool": str(pool.path.resolve()), "draft": str(Path(pool.pair.draft.path).resolve())}
+    where = {"pool": str(pool.path.resolve()), "draft": own.draft and str(Path(own.draft).resolve())}
     return {**where, "digest": pool.digest, "acceptance_length": accepted}
 
 

@@ -225,7 +225,7 @@ def load_beside(path: str, other: Pool, draft: str = "") -> Pool:
                 f"{path} was made with another {name} than {other.path}: its digest is {found}, not {known[name]}; "
                 f"only pools of one {name} can be measured together"
             )
-    shared, place = facts["draft"]["digest"] == other.pair.draft.digest, draft or facts["draft"]["path"]
+    shared, place = not draft and facts["draft"]["digest"] == other.pair.draft.digest, draft or facts["draft"]["path"]
     if not (shared or Path(place).is_dir()):
         raise UserError(f"{place}, the base drafter of {path}, is not there; name its folder as {path},FOLDER")
     pair = other.pair if shared else with_draft(other.pair, place, other.mesh)
