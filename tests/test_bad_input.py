@@ -555,7 +555,8 @@ def test_a_damaged_pool_is_named(refused, out_with, file):
         (["--widths", "1", "0"], ["--widths 0", "from 1"]),
         (["--rivals", "mixed=p"], ["--rivals mixed=p", "'mixed' already", "give another"]),
         (["--rivals", "a=p", "--methods", "b/mixed"], ["--methods b/mixed", "NAME/METHOD"]),
-        (["--rivals", "a=nowhere"], ["--rivals a", "'nowhere' is not a pool"]),
+        (["--rivals", "a=nowhere"], ["--rivals needs --prompts"]),
+        (["--rivals", "a=nowhere", "--prompts", "log"], ["--rivals a", "'nowhere' is not a pool"]),
     ],
 )
 def test_a_bench_that_cannot_begin(refused, pool, argv, parts):
