@@ -228,6 +228,7 @@ def test_a_setting_that_will_not_do(refused, preset, out_with, stage, argv, part
         ("partition", ["--partition.num-clusters", "49"]),
         ("align", ["--align.trunk", "1"]),
         ("calibrate", ["--calibrate.lengths", "2", "17"]),
+        ("calibrate", ["--calibrate.further", "big=nowhere"]),
     ],
 )
 def test_a_mistake_does_not_stand_in_the_way_of_what_is_right(refused, preset, out_with, stage, argv):

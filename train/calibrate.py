@@ -36,6 +36,7 @@ from jaxspec.store.pool import (
     Pool,
     draft_length,
     drafter_names,
+    find_pool,
     known_pool,
     load_beside,
     served_by_trunk,
@@ -63,10 +64,10 @@ def run(experiment: Experiment) -> None:
     _assemble(experiment, stage, traces, partition)
     pool = known_pool(stage.folder, facts, digest="not yet calibrated", mesh=sharding.asked(experiment.mesh))
     write_arrays(stage.folder / NORMAL, _normal(pool, traces.features["prompt"], partition)._asdict())
+    others = {own.name: load_beside(own.pool, pool, own.draft) for own in further if own.pool}
     judge = forced.Judge(pool.pair, traces, partition, experiment.calibrate.texts)
     drafters = tqdm(pool.names, desc="calibrate: acceptance", unit="drafter")
     facts["acceptance_length"] = {name: judge.lengths(pool.drafter(name)) for name in drafters}
-    others = {own.name: load_beside(own.pool, pool, own.draft) for own in further if own.pool}
     facts["further"] = {
         own.name: _looked_up(judge) if own.name == NGRAM else _of_pool(own, others[own.name], judge) for own in further
     }
@@ -89,6 +90,9 @@ def _further(spec: Calibrate) -> list[Place]:
     names = [own.name for own in found]
     if len(names) > len(set(names)):
         raise UserError(f"--calibrate.further {' '.join(spec.further)}: every family needs a name of its own")
+    for own in found:
+        if own.pool:
+            find_pool(own.pool)  # a mistake is told before anything is written
     return found
 
 
