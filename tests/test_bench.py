@@ -16,7 +16,8 @@ from jaxspec.adapters import Stacked
 from jaxspec.requests import Request
 from jaxspec.router import TRUNK
 from jaxspec.store.families import options
-from jaxspec.store.pool import load_pool
+from jaxspec.store.pool import MERGED, load_pool
+from jaxspec.store.pool import METHODS as pool_methods
 from jaxspec.store.prompts import Line
 from jaxspec.transformer import NARROW
 
@@ -25,19 +26,7 @@ FIELDS = {
     "mean_acceptance_length", "acceptance_by_position", "equal_to_autoregressive", "equal_to_fastest_autoregressive",
     "speedup_vs_autoregressive", "speedup_vs_base",
 }  # fmt: skip
-METHODS = (
-    "autoregressive",
-    "base",
-    "mixed",
-    "routed",
-    "chosen",
-    "random",
-    "wrong",
-    "oracle",
-    "ngram",
-    "online",
-    "online-wrong",
-)
+METHODS = tuple(name for name in pool_methods if name not in MERGED)
 
 
 @pytest.fixture(scope="module")
