@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxspec import recording, router, verify
 from jaxspec.adapters import Stacked, Whole, stack, with_base
+from jaxspec.attention import Attend, fastest
 from jaxspec.drafters import hedged, lm_drafter, ngram_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
@@ -41,7 +42,7 @@ def speculative(
     if num_speculative_tokens == 0:
         return autoregressive(pool, idle_width(), rule, **shape)
     pair = pool.pair
-    lm = partial(lm_drafter, pair.draft.config, vocab_size=pair.vocab_size, dtype=_dtype(pool))
+    lm = partial(lm_drafter, pair.draft.config, **_settings(pool))
     drafter = lm(num_speculative_tokens)
     fewer = {
         k: lm(k) if k else silent_drafter(idle_width() - 1, drafter.init) for k in shorter if k < num_speculative_tokens
@@ -60,8 +61,8 @@ def _drafters(pool: Pool, name: str, lengths: Sequence[int]) -> dict[int, Drafte
     """A further family's drafters by length."""
     if name == NGRAM:
         return {k: ngram_drafter(k) for k in lengths}
-    config, known = companion(pool, name).pair.draft.config, {"vocab_size": pool.pair.vocab_size, "dtype": _dtype(pool)}
-    return {k: lm_drafter(config, k, **known) for k in lengths}
+    config = companion(pool, name).pair.draft.config
+    return {k: lm_drafter(config, k, **_settings(pool)) for k in lengths}
 
 
 def looking_up(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", **shape: Any) -> Engine:
@@ -241,7 +242,7 @@ def _target_in_blocks(target: Model) -> dict:
 
 def _engine(pool: Pool, drafter: Drafter, rule: str, **shape: Any) -> Engine:
     pair = pool.pair
-    target = lm_target(pair.target.config, _dtype(pool))
+    target = lm_target(pair.target.config, _dtype(pool), attend=_attend(pool))
     known = {"stop_tokens": pair.stop_tokens, "vocab_size": pair.vocab_size, "prefill_params": pair.target.params}
     plain = pair.target.params
     params = _target_in_blocks(pair.target) if _in_blocks(plain, shape["slots"]) else plain
@@ -250,3 +251,12 @@ def _engine(pool: Pool, drafter: Drafter, rule: str, **shape: Any) -> Engine:
 
 def _dtype(pool: Pool):
     return jax.tree.leaves(pool.pair.target.params)[0].dtype
+
+
+def _settings(pool: Pool) -> dict[str, Any]:
+    """What all LM drafters of a pool are made with."""
+    return {"vocab_size": pool.pair.vocab_size, "dtype": _dtype(pool), "attend": _attend(pool)}
+
+
+def _attend(pool: Pool) -> Attend:
+    return fastest(pool.mesh is not None and pool.mesh.size > 1, _dtype(pool))

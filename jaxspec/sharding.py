@@ -36,7 +36,7 @@ AXES = {
     "up": ("width", "mlp"),
     "down": ("mlp", "width"),
 }
-CACHE = ("rows", "slots", "kv_heads", "head_dim")
+CACHE = ("rows", "kv_heads", "slots", "head_dim")
 
 
 def start(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxspec.attention import Attend, dense
 from jaxspec.sampling import log_probs
 from jaxspec.transformer import Cache, LMConfig, extend, prefill, unembed
 from jaxspec.types import Prompt, Scores, Target
@@ -18,7 +19,7 @@ class LMState(NamedTuple):
     length: Array
 
 
-def lm_target(config: LMConfig, dtype=jnp.float32, vocab_size: int | None = None) -> Target:
+def lm_target(config: LMConfig, dtype=jnp.float32, vocab_size: int | None = None, *, attend: Attend = dense) -> Target:
     """The target made of a decoder-only LM; its parameters are the LM's, `vocab_size` another's where it writes for that."""
 
     def init(params, prompt: Prompt, slots: int):
@@ -28,7 +29,8 @@ def lm_target(config: LMConfig, dtype=jnp.float32, vocab_size: int | None = None
 
     def score(params, state: LMState, window, parents, sampling):
         depth, visible = (None, None) if parents is None else tree_shape(parents)
-        features, cache = extend(config, params, state.cache, window, state.length, depth=depth, visible=visible)
+        shape = {"depth": depth, "visible": visible, "attend": attend}
+        features, cache = extend(config, params, state.cache, window, state.length, **shape)
         logits = unembed(config, params, features, vocab_size)
         return Scores(log_probs(logits, sampling), logits, features), state._replace(cache=cache)
 
@@ -61,7 +63,6 @@ def compact(cache: Cache, start: Array, path: Array) -> Cache:
     """Moves the window rows on `path [B, W]` to the slots right behind `start [B]`."""
 
     def gather(row, at, steps):
-        kept = row[at + steps]
-        return jax.lax.dynamic_update_slice(row, kept, (at, 0, 0))
+        return jax.lax.dynamic_update_slice(row, row[:, at + steps], (0, at, 0))
 
     return jax.tree.map(lambda leaf: jax.vmap(gather)(leaf, start, path), cache)

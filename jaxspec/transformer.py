@@ -16,11 +16,11 @@ from flax import nnx
 from jax import Array
 
 from jaxspec.adapters import Adapter, by_route, for_layer, low_rank
+from jaxspec.attention import NEVER, Attend, dense
 
 PIECE = 512  # longer prompts are read piece by piece, so that attention's workspace does not grow with them
 COLUMNS = 16  # of a block, see `lay_out`: of 16, 32, 64 and 128 the best for windows of 2 to 5 rows
 NARROW = 32  # most rows for which blocks beat one product with the whole kernel
-NEVER = -1e9  # a logit whose probability is exactly zero in float32, yet zero times it is not NaN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +61,14 @@ class LMConfig:
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer, each `[B, S, kv heads, head_dim]`; a slot's index is its token's position."""
+    """Keys and values of every layer, each `[B, kv heads, S, head_dim]`; a slot's index is its token's position."""
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
 
     @property
     def slots(self) -> int:
-        return self.keys[0].shape[1]
+        return self.keys[0].shape[2]
 
 
 def init(config: LMConfig, key: Array, dtype=jnp.float32) -> dict:
@@ -97,7 +97,7 @@ def abstract(config: LMConfig, dtype=jnp.float32) -> dict:
 
 def empty_cache(config: LMConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
     """A cache of `slots` positions for `batch` rows; what lies past a row's length is never read."""
-    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
     zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
     return Cache(zeros(), zeros())
 
@@ -154,6 +154,7 @@ def extend(
     depth: Array | None = None,
     visible: Array | None = None,
     adapter: Adapter | None = None,
+    attend: Attend = dense,
 ) -> tuple[Array, Cache]:
     """Reads a window behind a cache: hidden states `[B, T, H]` and the cache with the window's slots written.
 
@@ -163,6 +164,7 @@ def extend(
         depth: `[B, T]` position of each window row after `start`; None for a chain, 0..T-1.
         visible: `[B, T, T]` which window rows each row sees; None for a chain, all up to itself.
         adapter: rows' own low-rank updates, or None.
+        attend: how a chain attends; what is no chain takes `dense`.
     """
     width = tokens.shape[1]
     row = jnp.arange(width)
@@ -179,8 +181,8 @@ def extend(
             inside & jnp.take_along_axis(visible, jnp.broadcast_to(offset, (*tokens.shape, cache.slots)), 2)
         )
         own = jnp.take_along_axis(positions, offset[:, 0], 1)
-        key_positions = jnp.where(inside[:, 0], own, slot[0])
-    return _decoder(config, params)(tokens, positions, key_positions, mask, cache, start, adapter)
+        key_positions, attend = jnp.where(inside[:, 0], own, slot[0]), dense
+    return _decoder(config, params, attend)(tokens, positions, key_positions, mask, cache, start, adapter)
 
 
 def unembed(config: LMConfig, params: dict, hidden: Array, vocab_size: int | None = None) -> Array:
@@ -249,12 +251,12 @@ def _segment_start(segments: Array, index: Array) -> Array:
 
 
 @lru_cache(maxsize=32)
-def _graph(config: LMConfig):
-    return nnx.split(nnx.eval_shape(lambda: _Decoder(config, nnx.Rngs(0))))[0]
+def _graph(config: LMConfig, attend: Attend):
+    return nnx.split(nnx.eval_shape(lambda: _Decoder(config, nnx.Rngs(0), attend)))[0]
 
 
-def _decoder(config: LMConfig, params: dict):
-    return nnx.merge(_graph(config), nnx.State(params))
+def _decoder(config: LMConfig, params: dict, attend: Attend = dense):
+    return nnx.merge(_graph(config, attend), nnx.State(params))
 
 
 def _rotate(x: Array, positions: Array, frequencies: Array) -> Array:
@@ -265,10 +267,11 @@ def _rotate(x: Array, positions: Array, frequencies: Array) -> Array:
 
 
 def _write(buffer: Array, new: Array, start: Array) -> Array:
-    put = lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (at, 0, 0))
+    put = lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (0, at, 0))
+    new = jnp.swapaxes(new, 1, 2).astype(buffer.dtype)
     if buffer.shape[0] == 1:
-        return put(buffer[0], new[0].astype(buffer.dtype), start[0])[None]
-    return jax.vmap(put)(buffer, new.astype(buffer.dtype), start)
+        return put(buffer[0], new[0], start[0])[None]
+    return jax.vmap(put)(buffer, new, start)
 
 
 class _Norm(nnx.Module):
@@ -300,7 +303,7 @@ class _Dense(nnx.Module):
 
 
 class _Attention(nnx.Module):
-    def __init__(self, config: LMConfig, layer: int):
+    def __init__(self, config: LMConfig, layer: int, attend: Attend):
         heads, kv, dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.q = _Dense(config.width, heads * dim, config.qkv_bias)
         self.k = _Dense(config.width, kv * dim, config.qkv_bias)
@@ -308,7 +311,7 @@ class _Attention(nnx.Module):
         self.o = _Dense(heads * dim, config.width, config.output_bias)
         self.q_norm = _Norm(dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = _Norm(dim, config.norm_eps) if config.qk_norm else None
-        self.config, self.window = config, config.window(layer)
+        self.config, self.window, self.attend = config, config.window(layer), attend
 
     def __call__(self, x, positions, key_positions, mask, cache, start, adapter):
         config = self.config
@@ -320,11 +323,13 @@ class _Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         frequencies = rope_frequencies(config.rope, config.head_dim)
         q, k = _rotate(q, positions, frequencies), _rotate(k, positions, frequencies)
-        if cache is not None:
-            k, v = _write(cache[0], k, start), _write(cache[1], v, start)
         if self.window is not None:
             mask = mask & (positions[:, :, None] - key_positions[:, None, :] < self.window)
-        mixed = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None])
+        if cache is None:
+            mixed = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+        else:
+            k, v = _write(cache[0], k, start), _write(cache[1], v, start)
+            mixed = self.attend(q, k, v, mask, start, self.window)
         return self.o(mixed.reshape(*x.shape[:-1], -1), adapter.get("o")), (k, v)
 
 
@@ -340,9 +345,9 @@ class _MLP(nnx.Module):
 
 
 class _Block(nnx.Module):
-    def __init__(self, config: LMConfig, layer: int):
+    def __init__(self, config: LMConfig, layer: int, attend: Attend):
         self.attention_norm = _Norm(config.width, config.norm_eps)
-        self.attention = _Attention(config, layer)
+        self.attention = _Attention(config, layer, attend)
         self.mlp_norm = _Norm(config.width, config.norm_eps)
         self.mlp = _MLP(config)
 
@@ -358,10 +363,10 @@ class _Embed(nnx.Module):
 
 
 class _Decoder(nnx.Module):
-    def __init__(self, config: LMConfig, rngs: nnx.Rngs):
+    def __init__(self, config: LMConfig, rngs: nnx.Rngs, attend: Attend = dense):
         del rngs
         self.embed = _Embed(config)
-        self.layers = nnx.List([_Block(config, layer) for layer in range(config.num_layers)])
+        self.layers = nnx.List([_Block(config, layer, attend) for layer in range(config.num_layers)])
         self.norm = _Norm(config.width, config.norm_eps)
         self.head = None if config.tied else _Dense(config.width, config.vocab_size, False)
 

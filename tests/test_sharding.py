@@ -81,7 +81,7 @@ def test_an_engine_keeps_its_states_layout_and_compiles_once(caplog):
     (state,) = own._states.values()
     jax.tree.map(lambda one, other: one.sharding.is_equivalent_to(other.sharding, one.ndim) or 1 / 0, empty, state)
     keys = state.spec.target.cache.keys[0]
-    assert keys.addressable_shards[0].data.shape == (2, fleet.ROOM, 4, 4)
+    assert keys.addressable_shards[0].data.shape == (2, 4, fleet.ROOM, 4)
     assert state.spec.drafter.cache.keys[0].addressable_shards[0].data.shape == (2, fleet.ROOM, 2, 4)
     with jax.log_compiles():
         fleet.answer(case, own, mesh)
@@ -166,7 +166,7 @@ def test_every_leaf_of_a_transformer_is_where_its_rule_says():
 
 def test_a_cache_is_split_by_its_parts_rule():
     cache = empty_cache(fleet.TARGET, 8, 16)
-    assert sharding.row_specs(cache, "target").keys[0] == P("data", None, "model", None)
+    assert sharding.row_specs(cache, "target").keys[0] == P("data", "model", None, None)
     assert sharding.row_specs(cache).values[0] == P("data", None, None, None)
 
 

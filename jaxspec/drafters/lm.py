@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxspec.adapters import Adapter, Bank, Stacked, Whole, select
+from jaxspec.attention import Attend, dense
 from jaxspec.sampling import draw, log_probs
 from jaxspec.transformer import Cache, LMConfig, extend, prefill, unembed
 from jaxspec.types import Draft, Drafter, Prompt
@@ -32,7 +33,12 @@ class LMDrafterState(NamedTuple):
 
 
 def lm_drafter(
-    config: LMConfig, num_speculative_tokens: int, *, vocab_size: int | None = None, dtype: Any = jnp.float32
+    config: LMConfig,
+    num_speculative_tokens: int,
+    *,
+    vocab_size: int | None = None,
+    dtype: Any = jnp.float32,
+    attend: Attend = dense,
 ) -> Drafter:
     """Drafts a chain with a language model; `vocab_size` is the target's, where the two are padded differently."""
 
@@ -44,7 +50,7 @@ def lm_drafter(
 
     def propose(params: LMDrafterParams, state: LMDrafterState, tokens, length, noise, sampling):
         def read(*own):
-            one = lambda weights, adapter, *own: extend(config, weights, *own, adapter=adapter)
+            one = lambda weights, adapter, *own: extend(config, weights, *own, adapter=adapter, attend=attend)
             return _by_row(one, params, state.adapter, *own)
 
         logits = lambda weights, _, hidden: unembed(config, weights, hidden, vocab_size)
