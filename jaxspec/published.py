@@ -11,6 +11,10 @@ def _llama_rope(factor: float) -> Rope:
 
 
 PUBLISHED = {
+    "meta-llama/Llama-2-7b-hf": LMConfig(
+        vocab_size=32_000, width=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, mlp_width=11_008,
+        max_positions=4096, norm_eps=1e-5, tied=False,
+    ),
     "meta-llama/Llama-3.1-8B": LMConfig(
         width=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_width=14_336, tied=False,
         rope=_llama_rope(8.0), **_LLAMA,

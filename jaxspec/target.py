@@ -25,14 +25,16 @@ def lm_target(config: LMConfig, dtype=jnp.float32, vocab_size: int | None = None
     def init(params, prompt: Prompt, slots: int):
         features, cache = prefill(config, params, prompt.tokens, prompt.length, slots, dtype)
         # The last prompt token opens the first window: prefill caches it but emits nothing.
-        return LMState(cache, prompt.length - 1), features
+        return LMState(cache, prompt.length - 1), features[..., : config.feature_width]
 
     def score(params, state: LMState, window, parents, sampling):
         depth, visible = (None, None) if parents is None else tree_shape(parents)
         shape = {"depth": depth, "visible": visible, "attend": attend}
         features, cache = extend(config, params, state.cache, window, state.length, **shape)
         logits = unembed(config, params, features, vocab_size)
-        return Scores(log_probs(logits, sampling), logits, features), state._replace(cache=cache)
+        return Scores(log_probs(logits, sampling), logits, features[..., : config.feature_width]), state._replace(
+            cache=cache
+        )
 
     def commit(state: LMState, verdict, parents=None):
         cache = state.cache if parents is None else compact(state.cache, state.length, verdict.path)

@@ -37,7 +37,12 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class LMConfig:
-    """Shape of a decoder-only language model; `windows` holds each layer's attention window, None for all."""
+    """Shape of a decoder-only language model.
+
+    windows: each layer's attention window, None for all.
+    live_width, live_vocab: columns of the residual and rows of the vocabulary past which there is only padding, None where
+    there is none, see `widening`; logits of padding are NEVER.
+    """
 
     vocab_size: int
     width: int
@@ -55,6 +60,13 @@ class LMConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
+    live_width: int | None = None
+    live_vocab: int | None = None
+
+    @property
+    def feature_width(self) -> int:
+        """Columns of the last hidden states that are features."""
+        return self.live_width or self.width
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
@@ -192,6 +204,8 @@ def unembed(config: LMConfig, params: dict, hidden: Array, vocab_size: int | Non
         logits = jnp.einsum("...h,vh->...v", hidden, table, preferred_element_type=jnp.float32)
     else:
         logits = _product(hidden, table, config.vocab_size, jnp.float32)
+    if config.live_vocab is not None:  # not cut, which would spare the products
+        logits = jnp.where(jnp.arange(config.vocab_size) < config.live_vocab, logits, NEVER)
     missing = (vocab_size or config.vocab_size) - config.vocab_size
     if missing <= 0:
         return logits[..., :vocab_size]

@@ -55,6 +55,7 @@ ALLOWED = {
     "text": {"config", "verify", "router", "engine", "recording", "requests", "serving", "store"},
     "sharding": {"types", "config", "transformer"},
     "published": {"transformer"},
+    "widening": {"config", "published", "sharding", "transformer"},
     "plan": {
         "types",
         "config",
@@ -68,7 +69,18 @@ ALLOWED = {
         "target",
         "transformer",
     },
-    "store": {"config", "sharding", "requests", "router", "adapters", "transformer", "encoder", "store", "align"},
+    "store": {
+        "config",
+        "sharding",
+        "requests",
+        "router",
+        "adapters",
+        "transformer",
+        "encoder",
+        "store",
+        "align",
+        "widening",
+    },
 }
 
 

@@ -1,7 +1,7 @@
 """The pool: all that decoding needs. Target and base by path and digest, the adapter bank, mixed, router, calibration."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from jaxspec.store.huggingface import Model
 from jaxspec.store.models import Pair, read_pair, with_draft
 from jaxspec.store.stages import MANIFEST, read_json
 from jaxspec.store.trees import read_tree
-from jaxspec.transformer import abstract
+from jaxspec.transformer import LMConfig, abstract
+from jaxspec.widening import outline, widened
 
 BANK, MIXED, TRUNK_FILE, ROUTER, TEST, POINTS, NORMAL, EXTRAS = (
     "bank.safetensors",
@@ -233,6 +234,26 @@ def load_beside(path: str, other: Pool, draft: str = "") -> Pool:
     return _with_pair(folder, facts, digest, pair, other.mesh)
 
 
+def widen(pool: Pool, shape: LMConfig, seed: int = 0) -> Pool:
+    """The pool with a target of a larger shape and cost that says what its own says, see `widening`; all else as it was.
+
+    Raises:
+        UserError: the shape does not hold the target, or the mesh does not divide it.
+    """
+    target, mesh = pool.pair.target, pool.mesh
+    config, where = outline(target.config, shape), None
+    if mesh is not None:
+        sharding.check(config, mesh)
+        where = sharding.shardings(sharding.param_specs(abstract(config)), mesh)
+    _, params = widened(target.config, target.params, shape, jax.random.key(seed), where)
+    return with_target(pool, replace(target, config=config, params=params))
+
+
+def with_target(pool: Pool, target: Model) -> Pool:
+    """The pool with another model for its target, as it says the same."""
+    return replace(pool, pair=pool.pair._replace(target=target))
+
+
 def _check_model(name: str, model: Model, facts: dict, remedy: str) -> None:
     if model.digest != facts[name]["digest"]:
         raise UserError(
@@ -244,7 +265,7 @@ def _check_model(name: str, model: Model, facts: dict, remedy: str) -> None:
 def _with_pair(folder: Path, facts: dict, digest: str, pair: Pair, mesh: Mesh | None) -> Pool:
     """The pool of models that are read already."""
     whole = lambda tree: tree if mesh is None else sharding.place(tree, sharding.param_specs(tree, "drafter"), mesh)
-    shape = router.abstract(pair.target.config.width, facts["router_hidden"], len(facts["tasks"]))
+    shape = router.abstract(pair.target.config.feature_width, facts["router_hidden"], len(facts["tasks"]))
     return Pool(
         folder,
         pair,
