@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from decode import rivals
+from decode import rivals, widened
 from decode.figures import Ask, Result, choices, cluster_figures, figures, rounds_by_drafter, router_figures
 from decode.rivals import Contender
 from jaxspec import serving, sharding
@@ -32,7 +32,7 @@ from jaxspec.requests import Request, bucket_of, room_of
 from jaxspec.router import TRUNK
 from jaxspec.store.families import options
 from jaxspec.store.models import encode
-from jaxspec.store.pool import ONLINE, TEST, Pool, draft_length, load_pool
+from jaxspec.store.pool import ONLINE, TEST, Pool, draft_length, load_pool, with_target
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import write_json
 
@@ -91,6 +91,11 @@ class Bench:
     """float32 or bfloat16; empty is what the pool was made with."""
     target: str = ""
     """Another place of the pool's target."""
+    widen: str = ""
+    """llama-2-7b, llama-3.2-1b or llama-3.1-8b: the target is widened to that shape and cost and says what it said before;
+    rounds are timed anew first, unless `num-speculative-tokens` is given."""
+    lengths: tuple[int, ...] = ()
+    """With `widen`, the numbers of drafted tokens whose rounds are timed; none means those of calibration."""
     draft: str = ""
     """Another place of the pool's base drafter."""
     mesh: Mesh = field(default_factory=Mesh)
@@ -104,10 +109,12 @@ def run(config: Bench) -> None:
     sharding.check_rows(config.batch, mesh, "--batch")
     pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype, mesh=mesh)
     contenders = _contenders(config, pool)
-    asks = contenders[0].asks
-    batches = list(_batches(asks, config))
     rule = config.acceptance if config.temperature > 0 else "greedy"
-    shape = _shape(config, asks)
+    shape = _shape(config, contenders[0].asks)
+    if config.widen:
+        contenders = _widened(config, contenders, rule, shape)
+    pool, asks = contenders[0].pool, contenders[0].asks
+    batches = list(_batches(asks, config))
     of_all = lambda make: {own.row(name): one for own in contenders for name, one in make(own).items()}
     work = Work(config, asks, batches, of_all(lambda own: _methods(config, own)))
     width, autoregressive = _fastest(work, pool, shape, rule)
@@ -209,6 +216,9 @@ def _check(config: Bench) -> None:
     rivals.measured(config.methods, rivals.parse(config.rivals, config.pool), config.pool)
     if config.rivals and not config.prompts:
         raise UserError("--rivals needs --prompts: a rival may have been trained on the pool's own test split")
+    if config.lengths and (not config.widen or config.num_speculative_tokens is not None):
+        raise UserError("--lengths goes with --widen, and without --num-speculative-tokens; remove it")
+    widened.check_lengths(config.lengths)
     if config.json and not Path(config.json).absolute().parent.is_dir():
         raise UserError(f"--json {config.json}: its folder does not exist; make it first")
 
@@ -222,6 +232,18 @@ def _contenders(config: Bench, pool: Pool) -> list[Contender]:
     methods = rivals.measured(config.methods, named, config.pool)
     rows = [Contender(name, own, methods[name], seen_by(own)) for name, own in others.items()]
     return [Contender("", pool, methods[""], asks), *rows]
+
+
+def _widened(config: Bench, contenders: Sequence[Contender], rule: str, shape: dict) -> list[Contender]:
+    """The pools with their target widened; where no draft length is asked for, calibrated by its rounds."""
+    own, requests = contenders[0].pool, [ask.request for ask in contenders[0].asks]
+    longest = max((*config.lengths, draft_length(own.facts, config.num_speculative_tokens, least=1)))
+    load = widened.load_of(own, requests, config.batch, config.admit_rows, longest)
+    target = widened.widened(own, config.widen, load, config.mesh.memory).pair.target
+    pools = [with_target(each.pool, target) for each in contenders]
+    if config.num_speculative_tokens is None:
+        pools = [widened.retimed(pool, requests, config.lengths, rule, **shape) for pool in pools]
+    return [each._replace(pool=pool) for each, pool in zip(contenders, pools, strict=True)]
 
 
 def _seen_by(rival: Pool, ask: Ask) -> Ask:
@@ -357,6 +379,7 @@ def _conditions(config: Bench, pool: Pool, width: int) -> dict:
         "temperature": config.temperature,
         "acceptance": config.acceptance if config.temperature > 0 else "greedy",
         "commit": _commit(),
+        "target": widened.name_of(pool, config.widen),
         **_of_pool(config, pool),
         "autoregressive_width": width,
         "max_new_tokens": config.max_new_tokens,
@@ -373,6 +396,17 @@ def _of_pool(config: Bench, pool: Pool) -> dict:
         "drafter_parameters": sum(leaf.size for leaf in jax.tree.leaves(pool.pair.draft.params)),
         "num_tasks": len(pool.tasks),
         "training": pool.facts["training"],
+        "round_milliseconds": _rounds(config, pool),
+    }
+
+
+def _rounds(config: Bench, pool: Pool) -> dict[str, dict[int, float]] | None:
+    """What rounds of a widened target took, by family, whose own has no name, and draft length; None if not timed."""
+    if not config.widen or config.num_speculative_tokens is not None:
+        return None
+    families = {"": pool.facts, **pool.facts["further"]}
+    return {
+        name: {k: row["round_milliseconds"] for k, row in own["calibration"].items()} for name, own in families.items()
     }
 
 
@@ -402,7 +436,8 @@ def _commit() -> str | None:
 
 def _print(bench: dict) -> None:
     said = f"{bench['device']}, {bench['dtype']}, batch {bench['batch']}, K = {bench['num_speculative_tokens']}"
-    print(f"{said}, temperature {bench['temperature']}, autoregressive {bench['autoregressive_width']} wide")
+    print(f"target {bench['target']}, {said}, temperature {bench['temperature']}", end=", ")
+    print(f"autoregressive {bench['autoregressive_width']} wide")
     names = list(bench["mean"])
     print("| task | " + " | ".join(f"{name} acc / x AR" for name in names[1:]) + " |")
     print("|---|" + "---|" * len(names[1:]))

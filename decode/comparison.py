@@ -18,6 +18,7 @@ MEASURES = {
 SETTINGS = {
     "drafter_parameters": "drafter's parameters",
     "num_tasks": "tasks",
+    "target": "target",
     "steps": "steps",
     "trunk": "trunk",
     "num_speculative_tokens": "K",

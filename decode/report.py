@@ -47,7 +47,7 @@ MEASURES = {
 # What a part must hold as lists, if it is there.
 NEEDED = {"confusion": ("tasks", "drafters", "counts"), "clusters": ("points", "cluster", "names")}
 COMPARED = "pools_compared"
-CONDITIONS = {"device": "", "dtype": "", "batch": "batch ", "num_speculative_tokens": "K = "}
+CONDITIONS = {"target": "target ", "device": "", "dtype": "", "batch": "batch ", "num_speculative_tokens": "K = "}
 CONDITIONS |= {"temperature": "temperature ", "commit": "commit "}
 CURVES = ("step", "loss", "agreement")
 SETTINGS = {"pool": "pool ", "autoregressive_width": "autoregressive baseline of width "}

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import jax
 from tqdm import tqdm
 
+from decode import widened
 from decode.differences import first_difference
 from jaxspec import serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
@@ -69,6 +70,9 @@ class Throughput:
     """float32 or bfloat16; empty is what the pool was made with."""
     target: str = ""
     """Another place of the pool's target."""
+    widen: str = ""
+    """llama-2-7b, llama-3.2-1b or llama-3.1-8b: the target is widened to that shape and cost and says what it said before;
+    needs `num-speculative-tokens`, as calibration's is that of another cost."""
     draft: str = ""
     """Another place of the pool's base drafter."""
     mesh: Mesh = field(default_factory=Mesh)
@@ -81,13 +85,19 @@ def run(config: Throughput) -> None:
     """Prints a row a number of slots, and writes the JSON."""
     if config.json and not Path(config.json).absolute().parent.is_dir():
         raise UserError(f"--json {config.json}: its folder does not exist; make it first")
+    if config.widen and config.num_speculative_tokens is None:
+        raise UserError("--widen needs --num-speculative-tokens: calibration's number is that of the target's own cost")
     mesh = sharding.asked(config.mesh)
     for slots in config.slots:
         sharding.check_rows(slots, mesh, "--slots")
     pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype, mesh=mesh)
     requests = _requests(config, pool)
     k = draft_length(pool.facts, config.num_speculative_tokens, least=1)
+    if config.widen:
+        load = widened.load_of(pool, requests, max(config.slots), config.admit_rows, k)
+        pool = widened.widened(pool, config.widen, load, config.mesh.memory)
     conditions = {
+        "target": widened.name_of(pool, config.widen),
         "device": jax.devices()[0].device_kind,
         "dtype": config.dtype or pool.facts["dtype"],
         "num_speculative_tokens": k,
