@@ -39,8 +39,8 @@ def make_bench(tasks=("code", "sql"), methods=("autoregressive", "base", "routed
         return row | {"acceptance_by_position": rng.uniform(0, 1, k).tolist()}
 
     return {
-        "schema": 1, "device": "NVIDIA H200", "dtype": "bfloat16", "batch": 1, "num_speculative_tokens": k,
-        "temperature": 0.7, "commit": "3f9c2d1", "pool": "runs/pool", "autoregressive_width": 2,
+        "schema": 1, "target": "target-40m", "device": "NVIDIA H200", "dtype": "bfloat16", "batch": 1,
+        "num_speculative_tokens": k, "temperature": 0.7, "commit": "3f9c2d1", "pool": "runs/pool", "autoregressive_width": 2,
         "max_new_tokens": 96, "passes": 3,
         "tasks": {task: {method: result() for method in methods} for task in tasks},
         "mean": {method: result() for method in methods},
@@ -154,7 +154,7 @@ def test_the_page_holds_its_pictures_and_needs_nothing_else(tmp_path):
 def test_the_conditions_stand_above_every_figure(tmp_path):
     page = Page((write_report(tmp_path, make_bench()) / "report.html").read_text())
     assert len(page.captions) == page.elements.count("img") == len(PLOTS)
-    for word in ["H200", "bfloat16", "batch 1", "K = 3", "temperature 0.7", "3f9c2d1"]:
+    for word in ["target target-40m", "H200", "bfloat16", "batch 1", "K = 3", "temperature 0.7", "3f9c2d1"]:
         assert all(word in caption for caption in page.captions)
 
 
