@@ -22,6 +22,7 @@ from tqdm import tqdm
 from jaxspec import forced, router, serving, sharding, shift
 from jaxspec.config import Calibrate, Experiment, UserError, command_line, plain
 from jaxspec.drafters import ngram_drafter
+from jaxspec.replay import Known, bounded_by_task
 from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
 from jaxspec.store.families import NGRAM, Place, options, place
 from jaxspec.store.models import read_pair
@@ -30,6 +31,7 @@ from jaxspec.store.pool import (
     MIXED,
     NORMAL,
     POINTS,
+    REPLAY,
     ROUTER,
     TEST,
     TRUNK_FILE,
@@ -64,6 +66,7 @@ def run(experiment: Experiment) -> None:
     _assemble(experiment, stage, traces, partition)
     pool = known_pool(stage.folder, facts, digest="not yet calibrated", mesh=sharding.asked(experiment.mesh))
     write_arrays(stage.folder / NORMAL, _normal(pool, traces.features["prompt"], partition)._asdict())
+    write_arrays(stage.folder / REPLAY, _replay(traces, partition)._asdict())
     others = {own.name: load_beside(own.pool, pool, own.draft) for own in further if own.pool}
     judge = forced.Judge(pool.pair, traces, partition, experiment.calibrate.texts)
     drafters = tqdm(pool.names, desc="calibrate: acceptance", unit="drafter")
@@ -205,6 +208,14 @@ def _normal(pool: Pool, features: np.ndarray, partition: dict) -> shift.Normal:
     confidence = np.asarray(router.probabilities(pool.router, jnp.asarray(features[judged]))).max(-1)
     scaled = router.standardised(pool.router, features)
     return shift.normal(scaled[train], partition["task"][train], scaled[judged], confidence)
+
+
+def _replay(traces: Traces, partition: dict) -> Known:
+    """Prompts of the train split by which the router remembers its tasks when it learns more."""
+    train = np.flatnonzero(partition["split"] == 0)
+    names = np.array([traces.log[i]["id"] for i in train])
+    own = Known(names, traces.features["prompt"][train], partition["task"][train], np.zeros(len(train), int))
+    return bounded_by_task([own])
 
 
 def _ways(experiment: Experiment, pool: Pool, others: dict[str, Pool], looks_up: bool, longest: int) -> dict:

@@ -22,7 +22,7 @@ from jaxspec.store.trees import read_tree
 from jaxspec.transformer import LMConfig, abstract
 from jaxspec.widening import outline, widened
 
-BANK, MIXED, TRUNK_FILE, ROUTER, TEST, POINTS, NORMAL, EXTRAS = (
+BANK, MIXED, TRUNK_FILE, ROUTER, TEST, POINTS, NORMAL, REPLAY, EXTRAS = (
     "bank.safetensors",
     "mixed.safetensors",
     "trunk.safetensors",
@@ -30,6 +30,7 @@ BANK, MIXED, TRUNK_FILE, ROUTER, TEST, POINTS, NORMAL, EXTRAS = (
     "test.jsonl",
     "points.npz",
     "normal.npz",
+    "replay.npz",
     "extras.json",
 )
 
