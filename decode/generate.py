@@ -14,7 +14,7 @@ import sys
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +23,12 @@ from typing import IO, Any, Literal, NamedTuple
 import jax
 from tqdm import tqdm
 
+from decode.kept import Kept
 from decode.unexplained import Watch
 from jaxspec import recording, serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.engine import Engine
+from jaxspec.experience import Experience
 from jaxspec.plan import GIB, Load, device_memory, fit, table
 from jaxspec.reliability import Reliability
 from jaxspec.requests import MAX_DRAFT, SETTINGS, Request, bucket_of, checked
@@ -80,6 +82,12 @@ class Generate:
     online: bool = False
     """Change a row's drafter within its text for the one that the target agrees with most; a record's drafter is then the one
     that it began with."""
+    remember: bool = False
+    """With --online: a prompt begins with the drafter that the target agreed with most in earlier texts of its task. What
+    records say of drafts, and text that p/q rejection samples, then depends on the prompts before."""
+    replay: int | None = None
+    """With --online: keep features of so many prompts, and what each drafter would have had accepted, in OUT.replay.npz, from
+    which `train.refresh` mends a router that traffic has left behind."""
     reliability: bool = False
     """Leave out specialists that have less accepted than the trunk would. What records say of drafts, and text that p/q
     rejection samples, then depends on the prompts before."""
@@ -110,6 +118,9 @@ def run(config: Generate) -> None:
         raise UserError(
             "--online judges drafters within each text, --reliability by whole texts of one; give one of them"
         )
+    for flag in ("remember", "replay"):
+        if getattr(config, flag) and not config.online:
+            raise UserError(f"--{flag} needs --online, which judges all drafters along every text; give both")
     lines = read_lines(config.input)
     own = own_rows(len(lines), process, processes)
     output = part_file(Path(config.output), process, processes)
@@ -124,9 +135,11 @@ def run(config: Generate) -> None:
         same_job(output, _settings(config, known))
         answered, size = _resume(config, output, lines[own.start : own.stop])
         os.truncate(output, size)
-        watch = Watch(pool, output)
-        job = _Job(config, pool, lines[own.start : own.stop], asks[own.start : own.stop], _room(asks), watch)
+        watch, kept = Watch(pool, output), Kept(pool, output, config.replay or 0)
+        mine = lines[own.start : own.stop], asks[own.start : own.stop]
+        job = _Job(config, pool, *mine, _room(asks), watch, kept, _remembered(config, pool, output))
         done = _write(out, _records(job, answered), len(own), len(answered), preempted)
+        kept.write()
     if said := watch.report():
         print(f"generate: {said}", file=sys.stderr)
     if done < len(own):
@@ -146,7 +159,10 @@ def run(config: Generate) -> None:
 
 
 class _Job(NamedTuple):
-    """What a process answers: its lines, their requests or why there is none, and the room that all processes' need."""
+    """What a process answers: its lines, their requests or why there is none, and the room that all processes' need.
+
+    experience: what earlier texts say of who should begin; None where nothing is remembered.
+    """
 
     config: Generate
     pool: Pool
@@ -154,6 +170,8 @@ class _Job(NamedTuple):
     asks: Sequence[Ask | str]
     room: tuple[int, str]
     watch: Watch
+    kept: Kept
+    experience: Experience | None
 
 
 def _place_in_job(config: Generate) -> tuple[int, int]:
@@ -186,7 +204,8 @@ def _settings(config: Generate, known: _Known) -> dict[str, Any]:
     length = draft_length(known.facts, config.num_speculative_tokens)
     same = {name: getattr(config, name) for name in SAME} | {"pool": known.digest, "num_speculative_tokens": length}
     # None as in jobs that were begun before there was a choice
-    same |= {"online": config.online or None, "reliability": config.reliability or None}
+    same |= {name: getattr(config, name) or None for name in ("online", "remember", "reliability")}
+    same |= {"replay": config.replay is not None or None}  # how many are kept is no matter of the records
     if (config.dtype or known.facts["dtype"]) == "float32":
         return same
     programs = {"batch": config.batch, "admit_rows": config.admit_rows, "mesh": [config.mesh.data, config.mesh.model]}
@@ -280,6 +299,7 @@ def _records(job: _Job, answered: set[int]) -> Iterator[dict | None]:
             i, completion = found
             ready[i] = _record(job.lines[i], completion)
             job.watch.see(job.lines[i], completion)
+            job.kept.see(job.lines[i], completion)
         yield None
         for i in list(ready) if not ordered else ():
             yield ready.pop(i)
@@ -295,6 +315,9 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
         return
     config, pool, (room, kind) = job.config, job.pool, job.room
     length = draft_length(pool.facts, config.num_speculative_tokens)
+    recorders = [recording.logprobs(room)] if config.logprobs else []
+    if length and (config.remember or config.replay):
+        recorders.append(recording.choices(len(serving.candidates(pool))))
     engine = (serving.online if config.online else serving.speculative)(
         pool,
         length,
@@ -302,7 +325,7 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
         slots=config.batch,
         room=room,
         admit_rows=config.admit_rows,
-        recorder=recording.logprobs(room) if config.logprobs else recording.NOTHING,
+        recorder=recording.together(*recorders) if recorders else recording.NOTHING,
     )
     named = any(isinstance(ask, Ask) and ask.request.route is not None for ask in job.asks)
     # Of one length the choice is the same for any batch, as the records must be.
@@ -311,8 +334,11 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
     method = serving.hedging(pool, config.batch) if config.online else chosen()
     asks = [ask for i in todo if isinstance(ask := job.asks[i], Ask)]
     trust = Reliability(pool.facts, length)
-    for piece in serve(pool, engine, trust.over(method) if config.reliability else method, asks, rounds=ROUNDS):
+    method = trust.over(method) if config.reliability else job.experience.over(method) if job.experience else method
+    for piece in serve(pool, engine, method, asks, rounds=ROUNDS):
         own = piece.completion
+        if own and job.experience:
+            _remember(job.experience, pool, vars(own))
         request = asks[piece.index].request
         if own and own.task and request.draft_limit >= length and request.temperature == 0:  # as calibration was
             rounds, tokens = own.num_drafts, len(own.token_ids)
@@ -322,6 +348,23 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
         print(f"generate: {', '.join(failed)} had less accepted than {pool.names[-1]} would; left out", file=sys.stderr)
     if config.explain:
         explain(engine)
+
+
+def _remembered(config: Generate, pool: Pool, output: Path) -> Experience | None:
+    """What the records that are written already have taught."""
+    if not config.remember:
+        return None
+    experience = serving.inexperienced(pool)
+    for record in map(json.loads, output.read_bytes().splitlines()):
+        _remember(experience, pool, record)
+    return experience
+
+
+def _remember(experience: Experience, pool: Pool, said: Mapping[str, Any]) -> None:
+    """Learns of a text, by its completion or by its record, which say the same."""
+    if said.get("task") and said.get("log_weights"):
+        task, begun = pool.tasks.index(said["task"]), serving.candidates(pool).index(said["drafter"])
+        experience.saw(task, said["route_confidence"], begun, said["log_weights"])
 
 
 def explain(engine: Engine) -> None:

@@ -24,6 +24,15 @@ class Recorder(NamedTuple):
 NOTHING = Recorder(lambda prompt: (), lambda record, info: record)
 
 
+def together(*recorders: Recorder) -> Recorder:
+    """Records what each of them does, as a tuple."""
+
+    def fold(record: tuple, info: SpecInfo) -> tuple:
+        return tuple(own.fold(part, info) for own, part in zip(recorders, record, strict=True))
+
+    return Recorder(lambda prompt: tuple(own.init(prompt) for own in recorders), fold)
+
+
 class LogProbs(NamedTuple):
     """The target's log probability of every emitted token, in nats.
 

@@ -14,6 +14,7 @@ from jaxspec.attention import Attend, fastest
 from jaxspec.drafters import hedged, lm_drafter, ngram_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
+from jaxspec.experience import Experience
 from jaxspec.requests import MAX_DRAFT
 from jaxspec.sharding import over
 from jaxspec.store.families import NGRAM, Options, companion
@@ -133,6 +134,11 @@ def hedging(pool: Pool, slots: int) -> Method:
     weights = [laid(pool.drafter(name), slots) for name in candidates(pool)]
     beside = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
     return Method("online", _of_task(pool), lambda routes: beside)
+
+
+def inexperienced(pool: Pool) -> Experience:
+    """What `hedging` learns from prompt to prompt, before the first."""
+    return Experience(pool.drafters, len(candidates(pool)), pool.facts["fallback_below"])
 
 
 def chosen(pool: Pool, slots: int, among: Options, *, bank: bool = False) -> Method:

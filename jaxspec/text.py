@@ -40,6 +40,7 @@ class Completion:
     num_drafts: target calls after prefill; num_draft_tokens, num_accepted_tokens: of whole blocks, as vLLM counts them;
         num_accepted_tokens_per_pos: accepted by place in the block, up to where the text ends.
     logprobs: the target's log probability of each token, in nats: as it is, and after temperature, top-k and top-p.
+    log_weights: what a row that changes its drafter trusted each of `serving.candidates` with in the end, in nats.
     features: `[H]` what the router saw of the prompt.
     """
 
@@ -56,6 +57,7 @@ class Completion:
     num_accepted_tokens_per_pos: list[int]
     logprobs: list[float] | None = None
     sampling_logprobs: list[float] | None = None
+    log_weights: list[float] | None = None
     features: np.ndarray = field(kw_only=True, repr=False, compare=False)
 
 
@@ -249,7 +251,9 @@ def _ids(pool: Pool, number: int, prompt: Prompt, max_new_tokens: int) -> tuple[
 
 
 def _completion(pool: Pool, index: int, text: str, row: Row) -> Completion:
-    recorded = isinstance(row.record, recording.LogProbs)
+    parts = row.record if type(row.record) is tuple else (row.record,)
+    said = next((part for part in parts if isinstance(part, recording.LogProbs)), None)
+    choices = next((part for part in parts if isinstance(part, recording.Choices)), None)
     of = lambda values: np.round(values[: len(row.ids)], 5).tolist()
     return Completion(
         index=index,
@@ -263,7 +267,8 @@ def _completion(pool: Pool, index: int, text: str, row: Row) -> Completion:
         num_draft_tokens=int(row.counts.num_draft_tokens),
         num_accepted_tokens=int(row.counts.num_accepted_tokens),
         num_accepted_tokens_per_pos=row.counts.accepted_by_position.tolist(),
-        logprobs=of(row.record.raw) if recorded else None,
-        sampling_logprobs=of(row.record.sampled) if recorded else None,
+        logprobs=of(said.raw) if said else None,
+        sampling_logprobs=of(said.sampled) if said else None,
+        log_weights=np.round(choices.log_weights.astype(float), 4).tolist() if choices else None,
         features=row.features,
     )
