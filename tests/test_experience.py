@@ -62,7 +62,8 @@ def test_a_task_does_not_learn_from_others_and_prompts_without_one_are_a_task_to
     for _ in range(5):
         experience.saw(0, 1.0, 0, final(0, 3, 5, draw))
         experience.saw(1, 0.4, TRUNK, final(TRUNK, 2, 5, draw))
-    assert experience.routes().tolist() == [3, 1, TRUNK, 2]
+        experience.saw(2, 1.0, TRUNK, final(TRUNK, 0, 5, draw))
+    assert experience.routes().tolist() == [3, 1, 0, 2]
 
 
 def test_what_is_known_stays_bounded_and_a_text_that_says_nothing_leaves_the_choice():
