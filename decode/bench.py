@@ -12,23 +12,23 @@ import itertools
 import statistics
 import subprocess
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from decode import rivals, widened
-from decode.figures import Ask, Result, choices, cluster_figures, figures, rounds_by_drafter, router_figures
+from decode.figures import Ask, Pass, Result, choices, cluster_figures, figures, rounds_by_drafter, router_figures
 from decode.rivals import Contender
 from jaxspec import serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
-from jaxspec.engine import Engine, Method
-from jaxspec.requests import Request, bucket_of, room_of
+from jaxspec.engine import Engine, Method, Seconds
+from jaxspec.requests import Completion, Request, bucket_of, room_of
 from jaxspec.router import TRUNK
 from jaxspec.store.families import options
 from jaxspec.store.models import encode
@@ -49,6 +49,8 @@ class Bench:
     """Prompts to decode; without it the pool's own test split."""
     include: tuple[str, ...] = ()
     """Files of the prompts folder, named without suffix; none means those that the pool was trained on."""
+    tasks: tuple[str, ...] = ()
+    """Tasks whose prompts are taken, by their labels; none means all."""
     limit: int | None = None
     """First prompts taken of each task."""
     json: str = ""
@@ -104,12 +106,32 @@ class Bench:
 
 def run(config: Bench) -> None:
     """Prints the table and writes the JSON."""
+    bench, _ = measure(prepare(config))
+    _print(bench)
+    if config.json:
+        write_json(Path(config.json), bench)
+
+
+class Prepared(NamedTuple):
+    """All that is ready to be timed: pools, what is decoded by which methods, and their programs.
+
+    width: of the autoregressive baseline.
+    """
+
+    contenders: list[Contender]
+    work: "Work"
+    engines: "Mapping[str, Decoder]"
+    width: int
+
+
+def prepare(config: Bench) -> Prepared:
+    """Loads pools and prompts and makes the methods' programs; UserError for what cannot be measured."""
     _check(config)
     mesh = sharding.asked(config.mesh)
     sharding.check_rows(config.batch, mesh, "--batch")
     pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype, mesh=mesh)
     contenders = _contenders(config, pool)
-    rule = config.acceptance if config.temperature > 0 else "greedy"
+    rule = _rule(config)
     shape = _shape(config, contenders[0].asks)
     if config.widen:
         contenders = _widened(config, contenders, rule, shape)
@@ -119,10 +141,19 @@ def run(config: Bench) -> None:
     work = Work(config, asks, batches, of_all(lambda own: _methods(config, own)))
     width, autoregressive = _fastest(work, pool, shape, rule)
     engines = of_all(lambda own: _engines(config, own, rule, shape)) | {"autoregressive": autoregressive}
+    return Prepared(contenders, work, engines, width)
+
+
+def measure(prepared: Prepared) -> tuple[dict, list[Pass]]:
+    """The bench's JSON, and the passes that it comes from."""
+    contenders, work, engines, width = prepared
+    config, asks, pool = work.config, work.asks, contenders[0].pool
+    rule = _rule(config)
     work.warm_up(engines)
     passes = work.passes(engines)
     parity = {} if rule == "rejection" else work.parity(engines)
-    narrow = work.texts(serving.autoregressive(pool, 1, rule, **shape)) if parity and width != 1 else None
+    one_wide = lambda: serving.autoregressive(pool, 1, rule, **_shape(config, asks))
+    narrow = work.texts(one_wide()) if parity and width != 1 else None
     bench = {
         **_conditions(config, pool, width),
         **figures(pool, asks, passes, parity, narrow),
@@ -133,9 +164,18 @@ def run(config: Bench) -> None:
             own.name: {**_of_pool(config, own.pool), **_of_routing(own, passes, engines)} for own in contenders[1:]
         },
     }
-    _print(bench)
-    if config.json:
-        write_json(Path(config.json), bench)
+    return bench, passes
+
+
+class Decoder(Protocol):
+    """What takes part in a bench: an `Engine`, or other software behind its face."""
+
+    lengths: list[int]
+    seconds: Seconds
+
+    def complete(self, requests: Sequence[Request], method: Method) -> list[Completion]:
+        """Completions in the order of the requests; `seconds` tells what they took."""
+        ...
 
 
 class Chosen(NamedTuple):
@@ -157,14 +197,19 @@ class Work(NamedTuple):
     batches: Sequence[tuple[str, list[int]]]
     methods: dict[str, Chosen]
 
-    def decode(self, engine: Engine, name: str, rows: list[int], **changes) -> Result:
+    @property
+    def sample(self) -> list[list[int]]:
+        """Rows of a few batches, on which settings are tried."""
+        return [rows for _, rows in self.batches[:: max(1, len(self.batches) // 3)]][:3]
+
+    def decode(self, engine: Decoder, name: str, rows: list[int], **changes) -> Result:
         """One batch by one method."""
         method, routes, _ = self.methods[name]
         of = lambda i: {} if routes is None else {"route": int(routes[i])}
         requests = [dataclasses.replace(self.asks[i].request, **(of(i) | changes)) for i in rows]
         return Result(rows, engine.complete(requests, method), engine.seconds)
 
-    def warm_up(self, engines: dict[str, Engine]) -> None:
+    def warm_up(self, engines: Mapping[str, Decoder]) -> None:
         """Compiles every (program, bucket) and fills the caches of merged weights."""
         seen = set()
         for _, rows in tqdm(self.batches, desc="warm-up", leave=False):
@@ -179,9 +224,9 @@ class Work(NamedTuple):
             for route in chosen.reach:
                 chosen.method.drafter_params(np.array([route]))
 
-    def passes(self, engines: dict[str, Engine]) -> list[dict[str, list[Result]]]:
+    def passes(self, engines: Mapping[str, Decoder]) -> list[Pass]:
         """All methods on all batches, so many times; methods take turns on each batch."""
-        done: list[dict[str, list[Result]]] = []
+        done: list[Pass] = []
         with tqdm(total=self.config.passes * len(self.batches) * len(engines), desc="bench", unit="batch") as bar:
             for number in range(self.config.passes):
                 results: dict[str, list[Result]] = defaultdict(list)
@@ -194,7 +239,7 @@ class Work(NamedTuple):
                 done.append(results)
         return done
 
-    def parity(self, engines: dict[str, Engine]) -> dict[str, dict[int, list[int]]]:
+    def parity(self, engines: Mapping[str, Decoder]) -> dict[str, dict[int, list[int]]]:
         """Each method's program with nothing drafted: autoregressive decoding, bit for bit comparable."""
         slots = self.config.batch
         same: dict[tuple, dict[int, list[int]]] = {}
@@ -206,7 +251,7 @@ class Work(NamedTuple):
             outputs[name] = same[kind]
         return outputs
 
-    def texts(self, engine: Engine, name: str = "autoregressive") -> dict[int, list[int]]:
+    def texts(self, engine: Decoder, name: str = "autoregressive") -> dict[int, list[int]]:
         """Every prompt's tokens through an engine's program with nothing drafted."""
         done = [(rows, self.decode(engine, name, rows, draft_limit=0).completions) for _, rows in self.batches]
         return {i: own.ids for rows, completions in done for i, own in zip(rows, completions, strict=True)}
@@ -221,6 +266,10 @@ def _check(config: Bench) -> None:
     widened.check_lengths(config.lengths)
     if config.json and not Path(config.json).absolute().parent.is_dir():
         raise UserError(f"--json {config.json}: its folder does not exist; make it first")
+
+
+def _rule(config: Bench) -> str:
+    return config.acceptance if config.temperature > 0 else "greedy"
 
 
 def _contenders(config: Bench, pool: Pool) -> list[Contender]:
@@ -261,7 +310,7 @@ def _asks(config: Bench, pool: Pool, longest: int) -> list[Ask]:
     asks, too_long = [], 0
     for number, line in enumerate(read_prompts(source, include=include)):
         task = line.task or "all"
-        if config.limit is not None and taken[task] >= config.limit:
+        if (config.tasks and task not in config.tasks) or (config.limit is not None and taken[task] >= config.limit):
             continue
         ids = encode(pool.pair.tokenizer, line)
         if len(ids) > room:
@@ -281,7 +330,8 @@ def _asks(config: Bench, pool: Pool, longest: int) -> list[Ask]:
     if too_long:
         print(f"bench: {too_long} prompts longer than {room} tokens were left out")
     if not asks:
-        raise UserError(f"{source}: no prompt of at most {room} tokens")
+        of = f" of {', '.join(config.tasks)}" if config.tasks else ""
+        raise UserError(f"{source}: no prompt{of} of at most {room} tokens")
     return asks
 
 
@@ -354,20 +404,20 @@ def _engines(config: Bench, contender: Contender, rule: str, shape: dict) -> dic
 
 
 def _fastest(work: Work, pool: Pool, shape: dict, rule: str) -> tuple[int, Engine]:
-    """The width at which autoregressive decoding of a few prompts is fastest; the median of three tries a width."""
+    """The width at which autoregressive decoding of a few prompts is fastest."""
     if len(work.config.widths) == 1:
         (width,) = work.config.widths
         return width, serving.autoregressive(pool, width, rule, **shape)
-    sample = [rows for _, rows in work.batches[:: max(1, len(work.batches) // 3)]][:3]
     engines = {w: serving.autoregressive(pool, w, rule, **shape) for w in work.config.widths}
-    tries: dict[int, list[float]] = {width: [] for width in engines}
-    for number in range(4):
-        for width, engine in engines.items():
-            seconds = sum(work.decode(engine, "autoregressive", rows).seconds.decode for rows in sample)
-            if number:
-                tries[width].append(seconds)
-    best = min(tries, key=lambda width: statistics.median(tries[width]))
+    seconds = lambda engine: sum(work.decode(engine, "autoregressive", rows).seconds.decode for rows in work.sample)
+    best = quickest({width: partial(seconds, engine) for width, engine in engines.items()})
     return best, engines[best]
+
+
+def quickest(seconds: Mapping[int, Callable[[], float]]) -> int:
+    """The number that takes the least, by the median of three tries in turn after one that does not count."""
+    tries = [{number: once() for number, once in seconds.items()} for _ in range(4)][1:]
+    return min(seconds, key=lambda number: statistics.median(own[number] for own in tries))
 
 
 def _conditions(config: Bench, pool: Pool, width: int) -> dict:
@@ -377,7 +427,7 @@ def _conditions(config: Bench, pool: Pool, width: int) -> dict:
         "dtype": config.dtype or pool.facts["dtype"],
         "batch": config.batch,
         "temperature": config.temperature,
-        "acceptance": config.acceptance if config.temperature > 0 else "greedy",
+        "acceptance": _rule(config),
         "commit": _commit(),
         "target": widened.name_of(pool, config.widen),
         **_of_pool(config, pool),
@@ -410,7 +460,7 @@ def _rounds(config: Bench, pool: Pool) -> dict[str, dict[int, float]] | None:
     }
 
 
-def _of_routing(contender: Contender, passes: Sequence[dict], engines: dict[str, Engine]) -> dict:
+def _of_routing(contender: Contender, passes: Sequence[dict], engines: Mapping[str, Decoder]) -> dict:
     """Figures of a pool's router and choices; its methods that share a program have the same cost of drafting."""
     own, results = contender.own(engines), [contender.own(one) for one in passes]
     equals = [name for name, engine in own.items() if engine is own.get("routed")]

@@ -56,12 +56,12 @@ def run(config: Export) -> None:
     on = str(pool.pair.draft.path)
     if config.to == "peft" and pool.facts["trunk"]:
         on = str(out.absolute() / "trunk")
-        _write_model(part / "trunk", pool, TRUNK)
+        write_drafter(part / "trunk", pool, TRUNK)
     for route, folder in tqdm(chosen, desc="export", unit="drafter"):
         if config.to == "peft":
             write_adapter(part / folder, pool.bank, route, on)
         else:
-            _write_model(part / folder, pool, route)
+            write_drafter(part / folder, pool, route)
     part.rename(out)
     for _, folder in chosen:
         print(out / folder)
@@ -76,8 +76,8 @@ def _chosen(config: Export, pool: Pool) -> Iterator[tuple[int, str]]:
         yield pool.names.index(name), name.replace(" ", "-")
 
 
-def _write_model(folder: Path, pool: Pool, route: int) -> None:
-    """The base drafter's folder with other weights."""
+def write_drafter(folder: Path, pool: Pool, route: int) -> None:
+    """Makes the folder: the base drafter's with the weights of a route, which transformers loads."""
     draft = pool.pair.draft
     folder.mkdir(parents=True)
     for file in sorted(Path(draft.path).iterdir()):

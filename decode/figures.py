@@ -111,6 +111,12 @@ def _row(name: str, rows: list[int], by_row: dict, parity: dict) -> dict:
     }
 
 
+def speedups(asks: Sequence[Ask], passes: Sequence[Pass], name: str, against: str) -> dict[str, float]:
+    """Of one method against another by task: the median over passes of the ratio of tokens a second."""
+    own, other = ([_by_row(results[method]) for results in passes] for method in (name, against))
+    return {task: _gain(own, other, rows) for task, rows in _rows_of(asks).items()}
+
+
 def _speedup(by_row: dict, against: str, name: str, rows: list[int]) -> float | None:
     """Median over passes of the ratio of totals over a task's prompts; tokens a second where lengths differ."""
     return _gain(by_row[name], by_row[against], rows) if against in by_row else None
