@@ -53,13 +53,12 @@ def valid(
     group = heads // kv
     part = jax.ShapeDtypeStruct((batch, SIDES, width, kv, group, dim), jnp.float32)
     kernel = partial(_piece, window=window)
-    options = {} if interpret else {"compiler_params": triton.CompilerParams(num_warps=4, num_stages=3)}
     call = pl.pallas_call(
         kernel,
         out_shape=(part, jax.ShapeDtypeStruct(part.shape[:-1], jnp.float32)),
         grid=(batch, kv, SIDES),
         interpret=interpret,
-        **options,
+        compiler_params=None if interpret else triton.CompilerParams(num_warps=4, num_stages=3),
     )
     own, mass = call(q.reshape(batch, width, kv, group, dim), keys, values, start)
     share = jax.nn.softmax(mass, axis=1)

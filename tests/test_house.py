@@ -122,7 +122,9 @@ def test_the_readmes_tree_is_the_tree():
     assert named == there
 
 
-@pytest.mark.parametrize("command", ["train", "train.align", "decode.generate", "decode.bench", "decode.report"])
+@pytest.mark.parametrize(
+    "command", ["train", "train.align", "decode.generate", "decode.bench", "decode.peer", "decode.report"]
+)
 def test_the_readmes_commands_explain_themselves(command):
     assert f"python -m {command}" in (ROOT / "README.md").read_text()
     done = subprocess.run([sys.executable, "-m", command, "--help"], cwd=ROOT, capture_output=True, text=True)
