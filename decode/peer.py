@@ -84,7 +84,7 @@ def run(config: Peer) -> None:
     place = _place()
     settings = dict(vars(config))
     threads = settings.pop("threads")
-    beside = _with_theirs(prepare(Bench(methods=OURS, **settings)), place)
+    beside = with_theirs(prepare(Bench(methods=OURS, **settings)), place)
     _set_threads(beside, threads or tuple({1, cores()}))
     bench, passes = measure(beside)
     result = {**bench, **_compared(beside, passes)}
@@ -217,7 +217,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _with_theirs(prepared: Prepared, place: str) -> Prepared:
+def with_theirs(prepared: Prepared, place: str) -> Prepared:
     """transformers' methods beside the pool's."""
     pool, work = prepared.contenders[0].pool, prepared.work
     routes = np.full(len(work.asks), TRUNK)

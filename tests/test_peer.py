@@ -3,17 +3,22 @@
 import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
 import torch
 
 from decode import peer
-from decode.bench import quickest
+from decode.bench import Bench, Chosen, Prepared, Work, quickest
+from decode.figures import Ask
+from decode.rivals import Contender
 from jaxspec import serving
 from jaxspec.config import UserError
+from jaxspec.engine import Seconds
 from jaxspec.requests import Completion, Request
 from jaxspec.store.pool import Pool
+from jaxspec.store.prompts import Line
 
 torch.set_num_threads(1)  # torch's threads spin, and on a shared machine wait for each other
 
@@ -97,6 +102,25 @@ def test_drafts_are_counted_by_their_place_in_the_round():
     found = rounds.counts(10, 17, 3)
     assert (found.num_drafts, found.num_draft_tokens, found.num_accepted_tokens, found.num_emitted) == (3, 6, 4, 7)
     assert found.drafted_by_position.tolist() == [2, 2, 2] and found.accepted_by_position.tolist() == [2, 1, 1]
+
+
+def test_their_drafter_is_the_one_that_the_prompt_was_routed_to(loaded, monkeypatch):
+    """Whatever the order of the batches; only the drafters that some prompt was sent to are loaded."""
+    routed_to, loaded_there = [2, -1, 0], []
+    reply = lambda request: SimpleNamespace(route=routed_to[request.number])
+    router = SimpleNamespace(
+        lengths=[K], seconds=Seconds(), complete=lambda requests, method: [reply(own) for own in requests]
+    )
+    asks = [
+        Ask(Line("a", [], None, None, {}, ""), Request(ids=(1,), max_new_tokens=4, number=n), "", -1) for n in range(3)
+    ]
+    methods = {"routed": Chosen(serving.given(loaded, 1))}
+    work = Work(Bench(pool=""), asks, [("", [2]), ("", [0]), ("", [1])], methods)
+    monkeypatch.setattr(peer, "theirs_of", lambda pool, routes, k, place: loaded_there.extend(routes))
+    contender = Contender("", loaded, ("routed",), asks)
+    beside = peer.with_theirs(Prepared([contender], work, {"routed": router}, 1), "cpu")
+    assert beside.work.methods["assisted"].routes.tolist() == routed_to and sorted(loaded_there) == [-1, 0, 2]
+    assert beside.work.methods["generate"].routes is None
 
 
 def test_what_is_quickest_is_judged_without_the_first_try():
