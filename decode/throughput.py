@@ -33,6 +33,7 @@ from jaxspec.store.models import encode
 from jaxspec.store.pool import Pool, draft_length, load_pool
 from jaxspec.store.prompts import read_prompts
 from jaxspec.store.stages import write_json
+from jaxspec.timing import slope
 
 METHODS = ("autoregressive", "base", "one route", "routed")
 
@@ -209,16 +210,12 @@ def _rounds(
 
     What a chunk costs beside its rounds, such as reading what rows emitted, is in neither.
     """
-    chunks: dict[tuple[str, int], list[float]] = defaultdict(list)
+    chunks: dict[str, dict[int, list[float]]] = {name: {rounds: [] for rounds in ROUNDS} for name in METHODS}
     slots = next(iter(engines.values())).slots
     fills = [requests[at : at + slots] for at in range(0, len(requests) - slots + 1, slots)][:FULL] or [requests]
     for fill, rounds, name in itertools.product(fills, ROUNDS, METHODS):
-        chunks[name, rounds] += _chunks(engines[name], methods[name], fill, rounds)
-    few, many = ROUNDS
-    middle = {key: statistics.median(own) for key, own in chunks.items() if own}
-    known = [name for name in METHODS if (name, few) in middle and (name, many) in middle]
-    slope = {name: 1e6 * (middle[name, many] - middle[name, few]) / (many - few) for name in known}
-    return {name: slope.get(name) for name in METHODS}
+        chunks[name][rounds] += _chunks(engines[name], methods[name], fill, rounds)
+    return {name: 1e6 * slope(own) if all(own.values()) else None for name, own in chunks.items()}
 
 
 def _chunks(engine: Engine, method: Method, requests: Sequence[Request], rounds: int) -> list[float]:

@@ -1,15 +1,19 @@
-"""What rounds take on this device: several ways of drafting, timed in turn on the same requests."""
+"""What rounds and steps take on this device: several ways, timed in turn."""
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import TypeVar
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from jaxspec import metrics
-from jaxspec.engine import Engine, Method, Seconds
+from jaxspec.engine import FOREVER, Engine, Method, Seconds
 from jaxspec.requests import Completion, Request
 
 Way = TypeVar("Way", bound=Hashable)
+
+FEWER, MORE = 1, 3  # the two chains of a slope, in parts
 
 
 def timed(
@@ -29,6 +33,64 @@ def timed(
                     seconds[way].append(engine.seconds)
                 bar.update()
     return {way: _row(done[way], seconds[way], engine.slots) for way, (engine, _) in ways.items()}
+
+
+class Paced(NamedTuple):
+    """What a step of a chain takes, in seconds.
+
+    seconds: by the medians of the runs; fastest: by the fastest runs, for what the device can do and for shared machines;
+    steps: of the shorter of the two chains that say so.
+    """
+
+    seconds: float
+    fastest: float
+    steps: int
+
+
+def paced(
+    chains: Mapping[Way, Callable[[int], object]],
+    *,
+    seconds: float,
+    passes: int,
+    most: Mapping[Way, int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Way, Paced]:
+    """Seconds of a step of every chain, by slope: what begins and ends a call is in no step.
+
+    Args:
+        chains: each runs so many steps and returns when they are done.
+        seconds: what the shorter chain should take, where `most` lets it.
+        most: steps of a chain's longest run, where it has a limit.
+        clock: seconds; that of the host.
+    """
+
+    def spent(chain: Callable[[int], object], steps: int) -> float:
+        start = clock()
+        chain(steps)
+        return clock() - start
+
+    def fitting(way: Way) -> int:
+        chains[way](FEWER)  # compiles
+        steps, limit = FEWER, max(FEWER, (most or {}).get(way, FOREVER) // MORE)
+        while (taken := spent(chains[way], steps)) < seconds / 4 and steps < limit:
+            steps = min(4 * steps, limit)
+        return min(limit, max(FEWER, round(steps * seconds / taken)))
+
+    steps = {way: fitting(way) for way in tqdm(chains, desc="compile", unit="program", leave=False)}
+    times: dict[Way, dict[int, list[float]]] = {
+        way: {part * n: [] for part in (FEWER, MORE)} for way, n in steps.items()
+    }
+    for _ in tqdm(range(passes), desc="measure", unit="pass", leave=False):
+        for way, own in times.items():
+            for number, taken in own.items():
+                taken.append(spent(chains[way], number))
+    return {way: Paced(slope(own), slope(own, of=min), steps[way]) for way, own in times.items()}
+
+
+def slope(seconds: Mapping[int, Sequence[float]], of: Callable[[Sequence[float]], float] = statistics.median) -> float:
+    """Seconds a step: what a longer run takes over a shorter one, by their medians, to each step that it is longer."""
+    (few, short), (many, long) = sorted(seconds.items())
+    return (of(long) - of(short)) / (many - few)
 
 
 def _row(done: Sequence[Completion], seconds: Sequence[Seconds], slots: int) -> dict[str, float]:
