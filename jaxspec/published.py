@@ -3,6 +3,7 @@
 from jaxspec.transformer import LMConfig, Rope
 
 _LLAMA = {"vocab_size": 128_256, "max_positions": 131_072, "norm_eps": 1e-5}
+_LLAMA_2 = {"vocab_size": 32_000, "max_positions": 4096, "norm_eps": 1e-5}
 _QWEN = {"norm_eps": 1e-6, "rope": Rope(theta=1e6), "qkv_bias": True}
 
 
@@ -11,9 +12,13 @@ def _llama_rope(factor: float) -> Rope:
 
 
 PUBLISHED = {
+    # One tokenizer.
     "meta-llama/Llama-2-7b-hf": LMConfig(
-        vocab_size=32_000, width=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, mlp_width=11_008,
-        max_positions=4096, norm_eps=1e-5, tied=False,
+        width=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, mlp_width=11_008, tied=False,
+        **_LLAMA_2,
+    ),
+    "JackFram/llama-68m": LMConfig(
+        width=768, num_layers=2, num_heads=12, num_kv_heads=12, head_dim=64, mlp_width=3072, tied=False, **_LLAMA_2,
     ),
     "meta-llama/Llama-3.1-8B": LMConfig(
         width=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_width=14_336, tied=False,

@@ -22,6 +22,7 @@ PRESETS = ("llama31_8b_v5e8", "qwen25_7b_80gb")
 LOAD = Load(batch=8, prompt_tokens=20, max_new_tokens=24, num_speculative_tokens=3, dtype="float32", tasks=3, rank=4)
 PARAMETERS = {
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "JackFram/llama-68m": 68_030_208,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "Qwen/Qwen2.5-7B": 7_615_616_512,
