@@ -59,6 +59,7 @@ ALLOWED = {
     "sharding": {"types", "config", "transformer"},
     "published": {"transformer"},
     "widening": {"config", "published", "sharding", "transformer"},
+    "roofline": {"adapters", "transformer"},
     "plan": {
         "types",
         "config",

@@ -1,0 +1,154 @@
+"""What `decode.roofline` measures: a pool's models as its engines hold them, or shapes with random weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decode.plan import shape_of
+from jaxspec import roofline, serving
+from jaxspec.config import UserError
+from jaxspec.drafters.lm import LMDrafterParams
+from jaxspec.requests import MAX_DRAFT, bucket_of
+from jaxspec.store.pool import Pool, draft_length, load_pool
+from jaxspec.timing import MORE
+from jaxspec.transformer import LMConfig, abstract
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """What is measured, and how."""
+
+    pool: str = ""
+    """Folder of the pool whose programs are measured."""
+    shapes: tuple[str, ...] = ()
+    """In place of a pool a target and a drafter with random weights: published models by name, or model folders."""
+    target: str = ""
+    """Another place of the pool's target."""
+    draft: str = ""
+    """Another place of the pool's base drafter."""
+    dtype: Literal["", "float32", "bfloat16"] = ""
+    """float32 or bfloat16; empty is what the pool was made with, and bfloat16 for shapes."""
+    slots: tuple[int, ...] = (1, 8)
+    """Numbers of rows decoded together."""
+    context: int = 128
+    """Tokens cached in every row."""
+    room: int = 512
+    """Slots of the cache of every row."""
+    prompt: int = 128
+    """Tokens of the prompt whose reading is measured, padded to their bucket."""
+    num_speculative_tokens: int | None = None
+    """Tokens drafted an iteration; None is what calibration chose, and 4 for shapes."""
+    widths: tuple[int, ...] = (2, 3, 5, 9)
+    """Columns of the windows that the target verifies, beside one, what idles, and what an iteration needs."""
+    bandwidth: float | None = None
+    """Bytes per second of the device's memory; None measures it."""
+    peak: float | None = None
+    """Operations per second of the device; None measures a large product."""
+    passes: int = 7
+    """Times that every program is measured, of which the median counts."""
+    seconds: float = 0.15
+    """What the shorter of a program's two chains should take; the other is three times as long."""
+    output: str = ""
+    """File for the JSON."""
+
+
+class Load(NamedTuple):
+    """Tokens: cached in every row, slots of the cache, drafted a round, and of the prompt that is read."""
+
+    context: int
+    room: int
+    number: int
+    bucket: int
+
+    @property
+    def budget(self) -> int:
+        """Tokens that a row has room to emit."""
+        return self.room - self.context - MAX_DRAFT - 1
+
+
+class Drafting(NamedTuple):
+    """Who drafts: parameters, the slots' routes, and the bytes that more than one route adds to a call."""
+
+    params: LMDrafterParams
+    routes: tuple[int, ...]
+    adapters: int = 0
+
+
+class Subject(NamedTuple):
+    """What is measured in so many slots.
+
+    target, read: the target's weights, as windows want them and as prompts do; drafters: by name, the first the plainest.
+    """
+
+    shape: LMConfig
+    draft: LMConfig
+    dtype: Any
+    slots: int
+    target: dict
+    read: dict
+    drafters: dict[str, Drafting]
+
+
+def subjects(config: Roofline) -> tuple[Load, Iterator[Subject]]:
+    """The load, and a subject for every number of slots.
+
+    Raises:
+        UserError: not exactly one of pool and shapes, shapes that are unknown or no pair, no room for context and windows.
+    """
+    if bool(config.pool) == bool(config.shapes):
+        raise UserError(f"--pool {config.pool!r} with --shapes {config.shapes}; give either a pool or two shapes")
+    if config.pool:
+        pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype)
+        load = _load(config, draft_length(pool.facts, config.num_speculative_tokens, least=1))
+        return load, (_of_pool(pool, slots) for slots in config.slots)
+    if len(config.shapes) != 2:
+        raise UserError(f"--shapes {' '.join(config.shapes)} must be two, a target and a drafter")
+    target, draft = (shape_of(name) for name in config.shapes)
+    number = 4 if config.num_speculative_tokens is None else config.num_speculative_tokens
+    return _load(config, draft_length({}, number, least=1)), _of_shapes(config, target, draft)
+
+
+def _load(config: Roofline, number: int) -> Load:
+    load = Load(config.context, config.room, number, bucket_of(config.prompt))
+    iterations = load.context + MORE * (number + 1) + MAX_DRAFT + 1
+    least = max(bucket_of(load.context), iterations, load.context + max(config.widths))
+    if load.room < least:
+        raise UserError(
+            f"--room {load.room} does not hold {load.context} cached tokens and the windows behind them; give at least {least}"
+        )
+    return load
+
+
+def _of_pool(pool: Pool, slots: int) -> Subject:
+    pair = pool.pair
+    plain = pair.target.params
+    dtype = jax.tree.leaves(plain)[0].dtype
+    own = (pair.target.config, pair.draft.config, dtype, slots, serving.laid(plain, slots), plain)
+    alone = lambda weights, route: Drafting(LMDrafterParams(serving.laid(weights, slots)), (route,) * slots)
+    if slots == 1:
+        return Subject(*own, {"base": alone(pool.drafter("base"), -1), "merged": alone(pool.weights(0), 0)})
+    routes = tuple(i % len(pool.tasks) for i in range(slots))
+    params, number = serving.adapted(pool, slots)(np.array(routes)), len(set(routes))
+    adapters = roofline.updates(pair.draft.config, dtype, params.bank, number)
+    mixed = {f"{number} routes": Drafting(params, routes, adapters)}
+    return Subject(*own, {"one merged": alone(pool.weights(0), 0), **mixed})
+
+
+def _of_shapes(config: Roofline, target: LMConfig, draft: LMConfig) -> Iterator[Subject]:
+    dtype = jnp.dtype(config.dtype or "bfloat16")
+    plain, small = _drawn(target, dtype), _drawn(draft, dtype)
+    for slots in config.slots:
+        drafter = Drafting(LMDrafterParams(serving.laid(small, slots)), (-1,) * slots)
+        yield Subject(target, draft, dtype, slots, serving.laid(plain, slots), plain, {"base": drafter})
+
+
+def _drawn(config: LMConfig, dtype: Any) -> dict:
+    """Random weights, leaf by leaf: one program a shape, where `transformer.init` would be one of all leaves."""
+    draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=1)
+    shapes, treedef = jax.tree.flatten(abstract(config, dtype))
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return treedef.unflatten([draw(key, leaf.shape) for key, leaf in zip(keys, shapes, strict=True)])
