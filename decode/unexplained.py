@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxspec import router, shift
-from jaxspec.store.pool import NORMAL, Pool
+from jaxspec.store.pool import Pool
 from jaxspec.store.prompts import Fault, Line, read_prompts
-from jaxspec.store.stages import read_arrays, write_whole
+from jaxspec.store.stages import write_whole
 from jaxspec.text import Completion
 
 
@@ -17,19 +17,18 @@ class Watch:
     """Sees the completions of a job that writes to `output`; a pool that does not say what is normal lets all pass."""
 
     def __init__(self, pool: Pool, output: Path):
-        file = pool.path / NORMAL
-        self.known = shift.Normal(**read_arrays(file)) if file.exists() else None
-        self.router, self.file = pool.router, output.with_name(f"{output.name}.unexplained.jsonl")
+        self.known, self.router, self.tasks = pool.normal, pool.router, pool.tasks
+        self.file = output.with_name(f"{output.name}.unexplained.jsonl")
         self.prompts, self.strange = 0, list[Line]()
 
     def see(self, line: Line | Fault, completion: Completion) -> None:
         """Looks at one prompt."""
-        if self.known is None or isinstance(line, Fault):
+        if self.known is None or isinstance(line, Fault) or completion.task is None:
             return
         features = router.standardised(self.router, completion.features[None])
-        confidence = np.array([completion.route_confidence])
+        task, confidence = np.array([self.tasks.index(completion.task)]), np.array([completion.route_confidence])
         self.prompts += 1
-        if shift.strange(self.known, features, confidence)[0]:
+        if shift.strange(self.known, features, task, confidence)[0]:
             self.strange.append(line)
 
     def report(self) -> str | None:

@@ -95,7 +95,8 @@ def normal(params: RouterParams, known: Known, confidence: np.ndarray) -> shift.
         confidence: `[N]` of the router.
     """
     judged, features = held_out(known), router.standardised(params, known.features)
-    group = lambda refresh: np.unique(np.stack([known.task, refresh], 1), axis=0, return_inverse=True)[1].ravel()
-    size = np.bincount(group(known.refresh))[group(known.refresh)]
-    cluster = group(np.where(size < GROUP, 0, known.refresh))
-    return shift.normal(features[~judged], cluster[~judged], features[judged], confidence[judged])
+    group = lambda refresh: np.unique(np.stack([known.task, refresh], 1), axis=0, return_inverse=True)
+    size = np.bincount(group(known.refresh)[1].ravel())[group(known.refresh)[1].ravel()]
+    groups, cluster = group(np.where(size < GROUP, 0, known.refresh))
+    train, rest = (cluster.ravel()[rows] for rows in (~judged, judged))
+    return shift.normal(features[~judged], train, features[judged], rest, confidence[judged], groups[:, 0])

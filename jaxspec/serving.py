@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import recording, router, verify
+from jaxspec import recording, router, shift, verify
 from jaxspec.adapters import Stacked, Whole, stack, with_base
 from jaxspec.attention import Attend, fastest
 from jaxspec.drafters import hedged, lm_drafter, ngram_drafter, silent_drafter
@@ -122,7 +122,8 @@ def routed(pool: Pool, slots: int) -> Method:
 def _of_task(pool: Pool) -> Callable[[np.ndarray], Routes]:
     drafters = np.array([*pool.drafters, router.TRUNK])  # the last is that of no task
 
-    def choose(probability: np.ndarray) -> tuple[np.ndarray, None]:
+    def choose(probability: np.ndarray, far: np.ndarray) -> tuple[np.ndarray, None]:
+        del far
         return drafters[router.choose(probability, pool.facts["fallback_below"])], None
 
     return _classifier(pool, choose)
@@ -142,7 +143,8 @@ def inexperienced(pool: Pool) -> Experience:
 
 
 def chosen(pool: Pool, slots: int, among: Options, *, bank: bool = False) -> Method:
-    """Whichever of these drafters and draft lengths promises the most tokens per second; the base where the task is unsure.
+    """Whichever of these drafters and draft lengths promises the most tokens per second; the base where the task is unsure, or
+    the prompt lies far from all that its task was learnt from.
 
     In several slots, whose rows draft with the bank, the trunk stands in for the base.
 
@@ -162,8 +164,8 @@ def chosen(pool: Pool, slots: int, among: Options, *, bank: bool = False) -> Met
         own, length = router.fastest(probability, among.seconds[of])
         return np.stack([np.array(of)[own], np.array(among.lengths)[length]])
 
-    def choose(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        unsure = probability.max(-1) < pool.facts["fallback_below"]
+    def choose(probability: np.ndarray, far: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        unsure = far | (probability.max(-1) < pool.facts["fallback_below"])
         fallback = best([mixed] if united else [base], probability)
         drafter, k = np.where(unsure, fallback, best(drafters, probability))
         return np.where((drafter == trunk) | (k == 0), router.TRUNK, drafter), k
@@ -192,15 +194,29 @@ def _of_families(pool: Pool, slots: int, among: Options) -> Callable[[np.ndarray
 
 
 def _classifier(pool: Pool, choose: Callable) -> Callable[[np.ndarray], Routes]:
-    """Features -> Routes; `choose` makes routes and draft lengths of the tasks' probabilities."""
-    classify = jax.jit(router.probabilities)
+    """Features -> Routes; `choose` makes routes and draft lengths of the tasks' probabilities and of who is far from its task.
+
+    The features are on the host, and so is the router: an accelerator is asked in more time than a CPU takes to answer.
+    """
+    host = _host()
+    params, classify = jax.device_put(jax.tree.map(np.asarray, pool.router), host), jax.jit(router.probabilities)
 
     def route(features: np.ndarray) -> Routes:
-        probability = np.asarray(classify(pool.router, features))
-        drafter, length = choose(probability)
-        return Routes(drafter, probability.argmax(-1), probability.max(-1), length)
+        probability = np.asarray(classify(params, jax.device_put(features, host)))
+        task, far = probability.argmax(-1), np.zeros(len(features), bool)
+        if pool.normal is not None:
+            far = shift.far(pool.normal, router.standardised(params, features), task)
+        drafter, length = choose(probability, far)
+        return Routes(drafter, task, probability.max(-1), length)
 
     return route
+
+
+def _host() -> Any:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS may leave the CPU out
+        return jax.local_devices()[0]
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,8 @@
 """Prompts that no task of a pool explains: what is normal for a log, and who falls out of it.
 
-A prompt is strange when the router is less sure of it, or its features lie farther from every task's centre, than all but
-SHARE of the prompts that the pool was calibrated on. A few always are; a new task shows in their number.
+A prompt is strange when the router is less sure of it, or its features lie farther from the centre of the task that it is
+taken for, than all but SHARE of the prompts that the pool was calibrated on. A few always are; a new task shows in their
+number. Tasks have limits of their own: what is near for chat, which is of everything, is far for one wording of SQL.
 Source of the distance: Mahalanobis, of one covariance for all classes, https://arxiv.org/abs/1807.03888.
 """
 
@@ -12,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 SHARE = 0.01  # of normal prompts beyond each of the two thresholds
+DEVIATIONS = 2.33  # beyond which SHARE of a normal distribution lies
+FEW = 10  # prompts of a cluster below which those of all clusters say what is far
 LEAST = 10  # strange prompts that are worth a word
 KEPT = 256  # prompts kept for the next training
 AXES = 128  # directions that have a variance of their own; the rest share one
@@ -21,9 +24,9 @@ RIDGE = 0.1  # added to every variance, in units of a feature's own over the who
 class Normal(NamedTuple):
     """What is normal.
 
-    centres: `[T, H]` of the tasks; axes: `[H, R]` principal directions around them; variance: `[R]` along each; rest: in any
-        direction else.
-    distance: which normal prompts keep to their nearest centre; confidence: the router's which they keep above.
+    centres: `[C, H]` of prompts that belong together; task: `[C]` whose each is.
+    axes: `[H, R]` principal directions around them; variance: `[R]` along each; rest: in any direction else.
+    distance: `[C]` which normal prompts keep to their own centre; confidence: the router's which they keep above.
     """
 
     centres: np.ndarray
@@ -32,37 +35,62 @@ class Normal(NamedTuple):
     rest: np.ndarray
     distance: np.ndarray
     confidence: np.ndarray
+    task: np.ndarray
 
 
-def normal(train: np.ndarray, task: np.ndarray, judged: np.ndarray, confidence: np.ndarray) -> Normal:
+def normal(
+    train: np.ndarray,
+    cluster: np.ndarray,
+    judged: np.ndarray,
+    judged_cluster: np.ndarray,
+    confidence: np.ndarray,
+    task: np.ndarray | None = None,
+) -> Normal:
     """What is normal for a log.
 
     Args:
-        train: `[N, H]` standardised features; task: `[N]` the cluster of each.
-        judged: `[M, H]` standardised features of other prompts; confidence: `[M]` the router's in its likeliest task.
+        train: `[N, H]` standardised features; cluster: `[N]` from 0, none of them empty.
+        judged: `[M, H]` standardised features of other prompts; judged_cluster: `[M]`.
+        confidence: `[M]` the router's in its likeliest task.
+        task: `[C]` of each cluster; None where they are the tasks.
     """
-    own = np.unique(task, return_inverse=True)[1]
-    centres = np.stack([train[own == t].mean(0) for t in range(own.max() + 1)])
-    around = train - centres[own]
+    number = int(cluster.max()) + 1
+    centres = np.stack([train[cluster == c].mean(0) for c in range(number)])
+    around = train - centres[cluster]
     variance, axes = np.linalg.eigh(around.T @ around / len(train) + RIDGE * np.eye(train.shape[1]))
     kept = slice(max(len(variance) - AXES, 0), None)
     rest = np.array(variance[: kept.start].mean() if kept.start else RIDGE)
     least_sure = np.round(np.quantile(confidence, SHARE), 4)  # completions tell their confidence no finer
-    known = Normal(centres, axes[:, kept], variance[kept], rest, np.array(0.0), least_sure)
-    return known._replace(distance=np.quantile(distance(known, judged), 1 - SHARE))
+    owner = np.arange(number) if task is None else task
+    known = Normal(centres, axes[:, kept], variance[kept], rest, np.zeros(number), least_sure, owner)
+    own = distances(known, judged)[np.arange(len(judged)), judged_cluster]
+    enough = lambda some: some if len(some) >= FEW else own
+    return known._replace(distance=np.array([_limit(enough(own[judged_cluster == c])) for c in range(number)]))
 
 
-def distance(known: Normal, features: np.ndarray) -> np.ndarray:
-    """Mahalanobis distance `[N]` of standardised features `[N, H]` from the nearest centre."""
+def distances(known: Normal, features: np.ndarray) -> np.ndarray:
+    """Mahalanobis distances `[N, C]` of standardised features `[N, H]` from all centres."""
     squared = ((features[:, None] - known.centres) ** 2).sum(-1)
     along = ((features @ known.axes)[:, None] - known.centres @ known.axes) ** 2
-    whole = (along / known.variance).sum(-1) + np.maximum(squared - along.sum(-1), 0) / known.rest
-    return np.sqrt(whole.min(-1))
+    return np.sqrt((along / known.variance).sum(-1) + np.maximum(squared - along.sum(-1), 0) / known.rest)
 
 
-def strange(known: Normal, features: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-    """Which prompts `[N]` resemble no task, by standardised features `[N, H]` and the router's confidence `[N]`."""
-    return (confidence < known.confidence) | (distance(known, features) > known.distance)
+def far(known: Normal, features: np.ndarray, task: np.ndarray) -> np.ndarray:
+    """Which prompts `[N]` are unlike the task that they are taken for, by standardised features `[N, H]` and `task [N]`."""
+    near = distances(known, features) <= known.distance
+    return ~(near & (known.task == task[:, None])).any(-1)
+
+
+def strange(known: Normal, features: np.ndarray, task: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+    """Which prompts `[N]` are far from their task `[N]`, or of less than normal confidence `[N]`."""
+    return (confidence < known.confidence) | far(known, features, task)
+
+
+def _limit(distance: np.ndarray) -> float:
+    """What all but SHARE of a cluster's distances keep to; few of them say it through their mean and deviation."""
+    if FEW <= len(distance) < 1 / SHARE:
+        return float(distance.mean() + DEVIATIONS * distance.std())
+    return float(np.quantile(distance, 1 - SHARE))
 
 
 def unexplained(number: int, prompts: int) -> bool:

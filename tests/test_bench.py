@@ -16,9 +16,10 @@ from jaxspec.adapters import Stacked
 from jaxspec.requests import Request
 from jaxspec.router import TRUNK
 from jaxspec.store.families import options
-from jaxspec.store.pool import MERGED, load_pool
+from jaxspec.store.pool import MERGED, REPLAY, load_pool
 from jaxspec.store.pool import METHODS as pool_methods
 from jaxspec.store.prompts import Line
+from jaxspec.store.stages import read_arrays
 from jaxspec.transformer import NARROW
 
 FIELDS = {
@@ -85,7 +86,7 @@ def knowing(pool, lengths, rounds=None, fastest=2, **facts):
     rate = lambda k: 9.0 if k == fastest else float(k)
     calibration = {k: {"tokens_per_second": rate(k), "round_milliseconds": own} for k, own in rounds.items()}
     known = {"acceptance_length": lengths, "calibration": calibration, **facts}
-    return dataclasses.replace(pool, facts={**pool.facts, **known})
+    return dataclasses.replace(pool, facts={**pool.facts, **known}, normal=None)
 
 
 def features_of(pool):
@@ -130,6 +131,12 @@ def test_the_chosen_drafter_and_length_are_those_of_the_least_expected_time(load
     fallen = serving.chosen(unsure, 1, options(unsure.facts)).route(features_of(pool))
     assert set(fallen.task) == set(found.task)
     assert {loaded.names[route] for route in fallen.route} == {"base"} or (fallen.num_speculative_tokens == 0).all()
+    knows_its_prompts = dataclasses.replace(pool, normal=loaded.normal)
+    strange = serving.chosen(knows_its_prompts, 1, options(pool.facts)).route(features_of(pool))
+    assert (strange.route == fallen.route).all() and (strange.task == found.task).all()
+    own = read_arrays(loaded.path / REPLAY)["features"]
+    alike = [serving.chosen(one, 1, options(one.facts)).route(own).route for one in (knows_its_prompts, pool)]
+    assert (alike[0] == alike[1]).mean() > 0.9 and (alike[1] != fallen.route[0]).any()
     several = serving.chosen(pool, 4, options(pool.facts, 2, 4))
     united = several.route(features_of(pool))
     assert (united.route == 3).all() and several.drafter_params(united.route[:4]).bank is None

@@ -1,5 +1,6 @@
 """Prompts that no task explains are found, counted and kept; a normal job is left alone."""
 
+import dataclasses
 import functools
 import json
 import random
@@ -7,10 +8,9 @@ import random
 import numpy as np
 import pytest
 
-from decode import generate, unexplained
+from decode import generate
 from decode.generate import Generate
 from jaxspec import serving, shift
-from jaxspec.store.pool import NORMAL
 from jaxspec.store.prompts import read_prompts
 
 GARDEN = "water these seedling tulip spade compost moss hedge beneath mulch rake fern trellis"
@@ -60,8 +60,8 @@ def test_a_job_of_the_tasks_that_are_known_says_nothing(job, capsys):
 
 
 def test_a_pool_that_does_not_say_what_is_normal_is_served_without_a_word(job, monkeypatch, capsys, loaded):
-    assert (loaded.path / NORMAL).exists()
-    monkeypatch.setattr(unexplained, "NORMAL", "not-there.npz")
+    assert loaded.normal is not None
+    monkeypatch.setattr(generate, "load_pool", lambda *paths, **places: dataclasses.replace(loaded, normal=None))
     assert not job(unseen=30, known=3).exists()
     assert "resemble" not in capsys.readouterr().err
 
@@ -80,23 +80,37 @@ def test_few_strange_prompts_are_normal():
 
 
 def test_the_share_of_normal_prompts_that_are_strange_is_what_was_asked_for():
-    """Clusters in eight dimensions: one in a hundred by each of two thresholds, and nearly all of a cluster elsewhere."""
-    draw, centres = np.random.default_rng(0), 6 * np.eye(8)
+    """Clusters in eight dimensions: one in a hundred by each of two thresholds, and nearly all of a cluster elsewhere.
+
+    The first cluster is three times as wide as the others, and its limit is none of theirs.
+    """
+    draw, centres = np.random.default_rng(0), 12 * np.eye(8)
     task = draw.integers(0, 5, 4000)
-    of = lambda task: centres[task] + draw.normal(size=(len(task), 8))
+    of = lambda task: centres[task] + np.where(task == 0, 3, 1)[:, None] * draw.normal(size=(len(task), 8))
     sure = draw.uniform(0.5, 1.0, 4000)
-    known = shift.normal(of(task), task, of(task), sure)
-    alike = shift.strange(known, of(task), draw.uniform(0.5, 1.0, 4000)).mean()
-    assert 0.01 <= alike <= 0.03
-    assert shift.strange(known, of(np.full(100, 7)), np.ones(100)).mean() > 0.95
-    assert shift.strange(known, of(task), np.zeros(4000)).all()
+    known = shift.normal(of(task), task, of(task), task, sure)
+    alike = shift.strange(known, of(task), task, draw.uniform(0.5, 1.0, 4000))
+    assert all(0.005 <= alike[task == own].mean() <= 0.045 for own in range(5))
+    assert shift.strange(known, of(np.full(100, 7)), np.full(100, 1), np.ones(100)).mean() > 0.95
+    assert shift.far(
+        known, of(np.full(100, 1)), np.full(100, 2)
+    ).all()  # near a task, but not the one that it is taken for
+    assert shift.strange(known, of(task), task, np.zeros(4000)).all()
+
+
+def test_few_prompts_say_what_is_normal_by_their_spread():
+    draw, task = np.random.default_rng(0), np.repeat(np.arange(2), 400)
+    of = lambda task: 9 * task[:, None] + draw.normal(size=(len(task), 6))
+    few = np.repeat(np.arange(2), 20)
+    known = shift.normal(of(task), task, of(few), few, np.ones(40))
+    assert 0.001 <= shift.far(known, of(task), task).mean() <= 0.06
 
 
 def test_a_direction_in_which_no_prompt_ever_went_is_told_where_features_are_many():
     """Only AXES directions have a variance of their own; the new prompts differ in one of the others alone."""
     draw, task = np.random.default_rng(0), np.zeros(600, int)
     features = np.pad(draw.normal(size=(600, shift.AXES + 8)), ((0, 0), (0, 64)))
-    known = shift.normal(features, task, features, np.ones(600))
+    known = shift.normal(features, task, features, task, np.ones(600))
     assert known.axes.shape == (shift.AXES + 72, shift.AXES)
-    assert not shift.strange(known, features, np.ones(600)).all()
-    assert shift.strange(known, features + 2.0 * (np.arange(features.shape[1]) >= shift.AXES + 8), np.ones(600)).all()
+    assert not shift.far(known, features, task).all()
+    assert shift.far(known, features + 2.0 * (np.arange(features.shape[1]) >= shift.AXES + 8), task).all()

@@ -207,7 +207,8 @@ def _normal(pool: Pool, features: np.ndarray, partition: dict) -> shift.Normal:
     train, judged = partition["split"] == 0, partition["split"] == 1
     confidence = np.asarray(router.probabilities(pool.router, jnp.asarray(features[judged]))).max(-1)
     scaled = router.standardised(pool.router, features)
-    return shift.normal(scaled[train], partition["task"][train], scaled[judged], confidence)
+    task = partition["task"]
+    return shift.normal(scaled[train], task[train], scaled[judged], task[judged], confidence)
 
 
 def _replay(traces: Traces, partition: dict) -> Known:

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxspec import router, sharding
+from jaxspec import router, sharding, shift
 from jaxspec.adapters import Bank, Whole, init_bank, merge
 from jaxspec.config import UserError
 from jaxspec.requests import MAX_DRAFT, checked
 from jaxspec.router import TRUNK, RouterParams
 from jaxspec.store.huggingface import Model
 from jaxspec.store.models import Pair, read_pair, with_draft
-from jaxspec.store.stages import MANIFEST, read_json
+from jaxspec.store.stages import MANIFEST, read_arrays, read_json
 from jaxspec.store.trees import read_tree
 from jaxspec.transformer import LMConfig, abstract
 from jaxspec.widening import outline, widened
@@ -61,7 +61,8 @@ class Pool:
 
     trunk: weights that adapters belong on, the base drafter's own unless it was trained on the union first; bank: adapters or
     whole weights, one a task; mixed: weights of the control; facts: what the manifest says of tasks, labels, calibration and
-    the log; mesh: where all of it lives, None for the default device.
+    the log; mesh: where all of it lives, None for the default device; normal: what prompts of its tasks look like, None for a
+    pool that does not say.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class Pool:
     facts: dict[str, Any]
     digest: str
     mesh: Mesh | None = None
+    normal: shift.Normal | None = None
 
     @property
     def tasks(self) -> list[str]:
@@ -277,7 +279,15 @@ def _with_pair(folder: Path, facts: dict, digest: str, pair: Pair, mesh: Mesh | 
         facts,
         digest,
         mesh,
+        _normal(folder / NORMAL),
     )
+
+
+def _normal(file: Path) -> shift.Normal | None:
+    if not file.exists():
+        return None
+    arrays = read_arrays(file)
+    return shift.Normal(**{"task": np.arange(len(arrays["centres"])), **arrays})  # earlier pools have one centre a task
 
 
 def _bank(folder: Path, facts: dict, pair: Pair) -> Bank:
