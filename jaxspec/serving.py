@@ -21,7 +21,7 @@ from jaxspec.store.families import NGRAM, Options, companion
 from jaxspec.store.huggingface import Model
 from jaxspec.store.pool import Pool
 from jaxspec.target import lm_target
-from jaxspec.transformer import NARROW, LMConfig, abstract, lay_out
+from jaxspec.transformer import NARROW, LMConfig, abstract, lay_out, least_columns
 from jaxspec.types import Drafter
 
 WIDE = 8  # columns of a window that is called wide
@@ -94,7 +94,7 @@ def candidates(pool: Pool) -> list[str]:
 
 def idle_width() -> int:
     """Columns of a window in which nothing is drafted: two on accelerators, where one is slower."""
-    return 1 if jax.default_backend() == "cpu" else 2
+    return least_columns(1)
 
 
 def autoregressive(pool: Pool, width: int, rule: str = "greedy", **shape: Any) -> Engine:

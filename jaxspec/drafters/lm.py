@@ -10,7 +10,7 @@ from jax import Array
 from jaxspec.adapters import Adapter, Bank, Stacked, Whole, select
 from jaxspec.attention import Attend, dense
 from jaxspec.sampling import draw, log_probs
-from jaxspec.transformer import Cache, LMConfig, extend, prefill, unembed
+from jaxspec.transformer import Cache, LMConfig, extend, least_columns, prefill, unembed
 from jaxspec.types import Draft, Drafter, Prompt
 
 
@@ -71,7 +71,8 @@ def chain(
     """Drafts `number` tokens one after another: the draft, and the cache with them in it.
 
     The round opens with a window of the last two tokens: after a fully accepted block the newest but one is not cached
-    yet, otherwise it is written again with what it was. So commit only counts, and K tokens cost K calls.
+    yet, otherwise it is written again with what it was. So commit only counts, and K tokens cost K calls. Where two columns
+    are cheaper than one, a call reads the token before its own again, too.
 
     Args:
         read: (cache, window `[B, T]`, start `[B]`) -> hidden states `[B, T, H]` and the cache, as `transformer.extend`.
@@ -84,11 +85,14 @@ def chain(
             return jnp.argmax(log_q, axis=-1).astype(jnp.int32), None
         return jax.vmap(draw)(noise(node), log_q).astype(jnp.int32), log_q
 
+    columns = least_columns(len(tokens))
+
     def follow(carry, node):
-        cache, token, at = carry
-        hidden, cache = read(cache, token[:, None], at)
-        token, log_q = choose(hidden[:, 0], node)
-        return (cache, token, at + 1), (token, log_q)
+        cache, before, token, at = carry
+        window = jnp.stack([before, token], axis=1)[:, -columns:]
+        hidden, cache = read(cache, window, at + 1 - columns)
+        following, log_q = choose(hidden[:, -1], node)
+        return (cache, token, following, at + 1), (following, log_q)
 
     start = jnp.maximum(length - 2, 0)
     opening = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (2,)))(tokens, start)
@@ -96,7 +100,8 @@ def chain(
     last = jnp.take_along_axis(hidden, (length - 1 - start)[:, None, None], axis=1)[:, 0]
     token, log_q = choose(last, 0)
     first = jax.tree.map(lambda x: x[None], (token, log_q))
-    (cache, _, _), rest = jax.lax.scan(follow, (cache, token, length), jnp.arange(1, number))
+    before = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
+    (cache, *_), rest = jax.lax.scan(follow, (cache, before, token, length), jnp.arange(1, number))
     drafted, log_q = jax.tree.map(lambda a, b: jnp.moveaxis(jnp.concatenate([a, b]), 0, 1), first, rest)
     return Draft(drafted, jnp.full(length.shape, number, jnp.int32), log_q), cache
 
