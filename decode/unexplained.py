@@ -25,7 +25,7 @@ class Watch:
         """Looks at one prompt."""
         if self.known is None or isinstance(line, Fault) or completion.task is None:
             return
-        features = router.standardised(self.router, completion.features[None])
+        features = np.asarray(router.standardised(self.router, completion.features[None]))
         task, confidence = np.array([self.tasks.index(completion.task)]), np.array([completion.route_confidence])
         self.prompts += 1
         if shift.strange(self.known, features, task, confidence)[0]:

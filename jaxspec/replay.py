@@ -94,7 +94,7 @@ def normal(params: RouterParams, known: Known, confidence: np.ndarray) -> shift.
     Args:
         confidence: `[N]` of the router.
     """
-    judged, features = held_out(known), router.standardised(params, known.features)
+    judged, features = held_out(known), np.asarray(router.standardised(params, known.features))
     group = lambda refresh: np.unique(np.stack([known.task, refresh], 1), axis=0, return_inverse=True)
     size = np.bincount(group(known.refresh)[1].ravel())[group(known.refresh)[1].ravel()]
     groups, cluster = group(np.where(size < GROUP, 0, known.refresh))

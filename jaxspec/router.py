@@ -51,9 +51,9 @@ def probabilities(params: RouterParams, features: Array) -> Array:
     return jax.nn.softmax(_logits(params, features), axis=-1)
 
 
-def standardised(params: RouterParams, features: np.ndarray) -> np.ndarray:
+def standardised(params: RouterParams, features):
     """Features `[N, H]` in deviations from the mean of those that the router was trained on."""
-    return (np.asarray(features) - np.asarray(params.mean)) / np.asarray(params.deviation)
+    return (features - params.mean) / params.deviation
 
 
 def choose(probability: np.ndarray, fallback_below: float) -> np.ndarray:
@@ -119,7 +119,7 @@ def train(
 
 
 def _logits(params: RouterParams, features: Array) -> Array:
-    x = (features - params.mean) / params.deviation
+    x = standardised(params, features)
     hidden, tasks = params.mlp["inner"]["kernel"].shape[1], params.mlp["outer"]["kernel"].shape[1]
     graph, _ = nnx.split(nnx.eval_shape(lambda: _MLP(x.shape[-1], hidden, tasks, nnx.Rngs(0))))
     return nnx.merge(graph, nnx.State(params.mlp))(x)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxspec import recording, router, shift, verify
 from jaxspec.adapters import Stacked, Whole, stack, with_base
@@ -16,6 +17,7 @@ from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.experience import Experience
 from jaxspec.requests import MAX_DRAFT
+from jaxspec.router import RouterParams
 from jaxspec.sharding import over
 from jaxspec.store.families import NGRAM, Options, companion
 from jaxspec.store.huggingface import Model
@@ -199,17 +201,23 @@ def _classifier(pool: Pool, choose: Callable) -> Callable[[np.ndarray], Routes]:
     The features are on the host, and so is the router: an accelerator is asked in more time than a CPU takes to answer.
     """
     host = _host()
-    params, classify = jax.device_put(jax.tree.map(np.asarray, pool.router), host), jax.jit(router.probabilities)
+    there = lambda tree: jax.device_put(jax.tree.map(np.asarray, tree), host)
+    params, normal, classify = there(pool.router), there(pool.normal), jax.jit(_classified)
 
     def route(features: np.ndarray) -> Routes:
-        probability = np.asarray(classify(params, jax.device_put(features, host)))
-        task, far = probability.argmax(-1), np.zeros(len(features), bool)
-        if pool.normal is not None:
-            far = shift.far(pool.normal, router.standardised(params, features), task)
+        probability, far = map(np.asarray, classify(params, normal, jax.device_put(features, host)))
         drafter, length = choose(probability, far)
-        return Routes(drafter, task, probability.max(-1), length)
+        return Routes(drafter, probability.argmax(-1), probability.max(-1), length)
 
     return route
+
+
+def _classified(params: RouterParams, normal: shift.Normal | None, features: Array) -> tuple[Array, Array]:
+    """Probabilities of the tasks `[B, T]`, and who is far `[B]` from the likeliest; nobody is where the pool does not say."""
+    probability = router.probabilities(params, features)
+    if normal is None:
+        return probability, jnp.zeros(len(features), bool)
+    return probability, shift.far(normal, router.standardised(params, features), probability.argmax(-1))
 
 
 def _host() -> Any:

@@ -68,14 +68,14 @@ def normal(
     return known._replace(distance=np.array([_limit(enough(own[judged_cluster == c])) for c in range(number)]))
 
 
-def distances(known: Normal, features: np.ndarray) -> np.ndarray:
-    """Mahalanobis distances `[N, C]` of standardised features `[N, H]` from all centres."""
+def distances(known: Normal, features):
+    """Mahalanobis distances `[N, C]` of standardised features `[N, H]`, on the host or traced, from all centres."""
     squared = ((features[:, None] - known.centres) ** 2).sum(-1)
     along = ((features @ known.axes)[:, None] - known.centres @ known.axes) ** 2
-    return np.sqrt((along / known.variance).sum(-1) + np.maximum(squared - along.sum(-1), 0) / known.rest)
+    return ((along / known.variance).sum(-1) + (squared - along.sum(-1)).clip(0) / known.rest) ** 0.5
 
 
-def far(known: Normal, features: np.ndarray, task: np.ndarray) -> np.ndarray:
+def far(known: Normal, features, task):
     """Which prompts `[N]` are unlike the task that they are taken for, by standardised features `[N, H]` and `task [N]`."""
     near = distances(known, features) <= known.distance
     return ~(near & (known.task == task[:, None])).any(-1)

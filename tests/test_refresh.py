@@ -73,7 +73,7 @@ def test_what_is_learnt_holds_for_more_of_the_kind_and_no_task_is_forgotten(thre
 def test_a_new_wording_is_normal_and_what_lies_elsewhere_is_not(three_tasks):
     params, known, served, new = three_tasks
     after = refresh.refreshed(params, known, served, **settings)
-    scaled = lambda features: router.standardised(after.params, features)
+    scaled = lambda features: np.asarray(router.standardised(after.params, features))
     far = lambda features: shift.far(after.normal, scaled(features), routed(after.params, features))
     assert far(around(new, 400, 4)).mean() < 0.1 and far(around(CENTRES[1], 400, 5)).mean() < 0.1
     assert far(around(2 * CENTRES[15], 400, 6)).mean() > 0.9
@@ -104,7 +104,7 @@ def test_a_new_wording_finds_its_task_and_old_prompts_keep_theirs(loaded, known,
 def test_prompts_that_were_not_trained_on_are_routed_alike_and_no_longer_strange(loaded, served, refreshed):
     after, more = load_pool(str(refreshed[0])), served.features + np.float32(0.01)
     assert (tasks_of(after, more) == 0).all()
-    far = lambda own: shift.far(own.normal, router.standardised(own.router, more), tasks_of(own, more))
+    far = lambda own: np.asarray(shift.far(own.normal, router.standardised(own.router, more), tasks_of(own, more)))
     assert far(loaded).mean() > 0.9 and far(after).mean() < 0.1
 
 

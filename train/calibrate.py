@@ -206,7 +206,7 @@ def _normal(pool: Pool, features: np.ndarray, partition: dict) -> shift.Normal:
     """What is normal on the calibrate split, measured from the tasks' centres on the train split."""
     train, judged = partition["split"] == 0, partition["split"] == 1
     confidence = np.asarray(router.probabilities(pool.router, jnp.asarray(features[judged]))).max(-1)
-    scaled = router.standardised(pool.router, features)
+    scaled = np.asarray(router.standardised(pool.router, features))
     task = partition["task"]
     return shift.normal(scaled[train], task[train], scaled[judged], task[judged], confidence)
 
