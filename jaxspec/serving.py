@@ -27,6 +27,7 @@ from jaxspec.transformer import NARROW, LMConfig, abstract, lay_out, least_colum
 from jaxspec.types import Drafter
 
 WIDE = 8  # columns of a window that is called wide
+LOST = 1.5  # limits away from its task beyond which a prompt is taken for nobody's
 WINDOW = 10  # tokens of a row that all drafters are judged by at once
 STACK = 1 << 28  # bytes of all tasks' kernels that an accelerator reads sooner than it launches more products
 
@@ -124,8 +125,8 @@ def routed(pool: Pool, slots: int) -> Method:
 def _of_task(pool: Pool) -> Callable[[np.ndarray], Routes]:
     drafters = np.array([*pool.drafters, router.TRUNK])  # the last is that of no task
 
-    def choose(probability: np.ndarray, far: np.ndarray) -> tuple[np.ndarray, None]:
-        del far
+    def choose(probability: np.ndarray, strangeness: np.ndarray) -> tuple[np.ndarray, None]:
+        del strangeness
         return drafters[router.choose(probability, pool.facts["fallback_below"])], None
 
     return _classifier(pool, choose)
@@ -145,10 +146,10 @@ def inexperienced(pool: Pool) -> Experience:
 
 
 def chosen(pool: Pool, slots: int, among: Options, *, bank: bool = False) -> Method:
-    """Whichever of these drafters and draft lengths promises the most tokens per second; the base where the task is unsure, or
-    the prompt lies far from all that its task was learnt from.
+    """Whichever of these drafters and draft lengths promises the most tokens per second.
 
-    In several slots, whose rows draft with the bank, the trunk stands in for the base.
+    A prompt beyond the limit of what its task was learnt from is drafted for by mixed, and by the base far beyond it, or where
+    the task is unsure. In several slots, whose rows draft with the bank, the trunk stands in for both.
 
     Several slots share the longest length. With one length the choice is the same for any number of slots, and rows draft
     with the bank, which the mixed drafter is no part of: where it promises more, it serves all rows, unless requests name
@@ -166,10 +167,11 @@ def chosen(pool: Pool, slots: int, among: Options, *, bank: bool = False) -> Met
         own, length = router.fastest(probability, among.seconds[of])
         return np.stack([np.array(of)[own], np.array(among.lengths)[length]])
 
-    def choose(probability: np.ndarray, far: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        unsure = far | (probability.max(-1) < pool.facts["fallback_below"])
-        fallback = best([mixed] if united else [base], probability)
-        drafter, k = np.where(unsure, fallback, best(drafters, probability))
+    def choose(probability: np.ndarray, strangeness: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        unsure = (probability.max(-1) < pool.facts["fallback_below"]) | (strangeness > LOST)
+        union, nobody = ([mixed] if alone or united else [base]), ([mixed] if united else [base])
+        own, of_union, of_nobody = (best(of, probability) for of in (drafters, union, nobody))
+        drafter, k = np.where(unsure, of_nobody, np.where(strangeness > 1, of_union, own))
         return np.where((drafter == trunk) | (k == 0), router.TRUNK, drafter), k
 
     route = _classifier(pool, choose)
@@ -196,7 +198,7 @@ def _of_families(pool: Pool, slots: int, among: Options) -> Callable[[np.ndarray
 
 
 def _classifier(pool: Pool, choose: Callable) -> Callable[[np.ndarray], Routes]:
-    """Features -> Routes; `choose` makes routes and draft lengths of the tasks' probabilities and of who is far from its task.
+    """Features -> Routes; `choose` makes routes and draft lengths of the tasks' probabilities and of `shift.strangeness`.
 
     The features are on the host, and so is the router: an accelerator is asked in more time than a CPU takes to answer.
     """
@@ -205,19 +207,19 @@ def _classifier(pool: Pool, choose: Callable) -> Callable[[np.ndarray], Routes]:
     params, normal, classify = there(pool.router), there(pool.normal), jax.jit(_classified)
 
     def route(features: np.ndarray) -> Routes:
-        probability, far = map(np.asarray, classify(params, normal, jax.device_put(features, host)))
-        drafter, length = choose(probability, far)
+        probability, strangeness = map(np.asarray, classify(params, normal, jax.device_put(features, host)))
+        drafter, length = choose(probability, strangeness)
         return Routes(drafter, probability.argmax(-1), probability.max(-1), length)
 
     return route
 
 
 def _classified(params: RouterParams, normal: shift.Normal | None, features: Array) -> tuple[Array, Array]:
-    """Probabilities of the tasks `[B, T]`, and who is far `[B]` from the likeliest; nobody is where the pool does not say."""
+    """Probabilities of the tasks `[B, T]`, and strangeness `[B]` to the likeliest; none where the pool does not say."""
     probability = router.probabilities(params, features)
     if normal is None:
-        return probability, jnp.zeros(len(features), bool)
-    return probability, shift.far(normal, router.standardised(params, features), probability.argmax(-1))
+        return probability, jnp.zeros(len(features))
+    return probability, shift.strangeness(normal, router.standardised(params, features), probability.argmax(-1))
 
 
 def _host() -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 SHARE = 0.01  # of normal prompts beyond each of the two thresholds
 DEVIATIONS = 2.33  # beyond which SHARE of a normal distribution lies
 FEW = 10  # prompts of a cluster below which those of all clusters say what is far
+FOREIGN = 1e9  # strangeness of a task to prompts of another
 LEAST = 10  # strange prompts that are worth a word
 KEPT = 256  # prompts kept for the next training
 AXES = 128  # directions that have a variance of their own; the rest share one
@@ -75,10 +76,19 @@ def distances(known: Normal, features):
     return ((along / known.variance).sum(-1) + (squared - along.sum(-1)).clip(0) / known.rest) ** 0.5
 
 
+def strangeness(known: Normal, features, task):
+    """How many times the limit prompts `[N]` lie from the task that they are taken for.
+
+    Args:
+        features: `[N, H]` standardised; task: `[N]`.
+    """
+    other = known.task != task[:, None]
+    return (distances(known, features) / known.distance + FOREIGN * other).min(-1)
+
+
 def far(known: Normal, features, task):
-    """Which prompts `[N]` are unlike the task that they are taken for, by standardised features `[N, H]` and `task [N]`."""
-    near = distances(known, features) <= known.distance
-    return ~(near & (known.task == task[:, None])).any(-1)
+    """Which prompts `[N]` are unlike the task that they are taken for, as `strangeness`."""
+    return strangeness(known, features, task) > 1
 
 
 def strange(known: Normal, features: np.ndarray, task: np.ndarray, confidence: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from decode import throughput
 from decode.bench import Bench, run
 from decode.figures import Ask, first_differences
 from decode.throughput import Throughput
-from jaxspec import router, serving
+from jaxspec import router, serving, shift
 from jaxspec.adapters import Stacked
 from jaxspec.requests import Request
 from jaxspec.router import TRUNK
@@ -132,8 +132,14 @@ def test_the_chosen_drafter_and_length_are_those_of_the_least_expected_time(load
     assert set(fallen.task) == set(found.task)
     assert {loaded.names[route] for route in fallen.route} == {"base"} or (fallen.num_speculative_tokens == 0).all()
     knows_its_prompts = dataclasses.replace(pool, normal=loaded.normal)
-    strange = serving.chosen(knows_its_prompts, 1, options(pool.facts)).route(features_of(pool))
+    lost = dataclasses.replace(pool, normal=loaded.normal._replace(distance=loaded.normal.distance / 99))
+    strange = serving.chosen(lost, 1, options(pool.facts)).route(features_of(pool))
     assert (strange.route == fallen.route).all() and (strange.task == found.task).all()
+    task, scaled = found.task, np.asarray(router.standardised(loaded.router, features_of(loaded)))
+    own = shift.distances(loaded.normal, scaled)[np.arange(len(task)), task]
+    beyond = lambda i: dataclasses.replace(pool, normal=loaded.normal._replace(distance=np.full(3, own[i] / 1.2)))
+    for i in range(3):  # a little farther than its task's limit
+        assert serving.chosen(beyond(i), 1, options(pool.facts)).route(features_of(loaded)[i : i + 1]).route == 3
     own = read_arrays(loaded.path / REPLAY)["features"]
     alike = [serving.chosen(one, 1, options(one.facts)).route(own).route for one in (knows_its_prompts, pool)]
     assert (alike[0] == alike[1]).mean() > 0.9 and (alike[1] != fallen.route[0]).any()
