@@ -286,7 +286,9 @@ def _contenders(config: Bench, pool: Pool) -> list[Contender]:
 def _widened(config: Bench, contenders: Sequence[Contender], rule: str, shape: dict) -> list[Contender]:
     """The pools with their target widened; where no draft length is asked for, calibrated by its rounds."""
     own, requests = contenders[0].pool, [ask.request for ask in contenders[0].asks]
-    longest = max((*config.lengths, draft_length(own.facts, config.num_speculative_tokens, least=1)))
+    longest = max(
+        (*config.lengths, draft_length(own.facts, config.num_speculative_tokens, least=1, slots=config.batch))
+    )
     load = widened.load_of(own, requests, config.batch, config.admit_rows, longest)
     target = widened.widened(own, config.widen, load, config.mesh.memory).pair.target
     pools = [with_target(each.pool, target) for each in contenders]
@@ -391,7 +393,7 @@ def _methods(config: Bench, contender: Contender) -> dict[str, Chosen]:
 def _engines(config: Bench, contender: Contender, rule: str, shape: dict) -> dict[str, Engine]:
     """A pool's methods' programs, at its own draft length, by the methods' own names."""
     pool = contender.pool
-    k = draft_length(pool.facts, config.num_speculative_tokens, least=1)
+    k = draft_length(pool.facts, config.num_speculative_tokens, least=1, slots=config.batch)
     among = options(pool.facts, config.num_speculative_tokens, config.batch)
     online = cache(lambda: serving.online(pool, k, rule, **shape))
     special = {
@@ -442,7 +444,7 @@ def _of_pool(config: Bench, pool: Pool) -> dict:
     """What a pool's figures depend on; `training` is None for a pool of an earlier version."""
     return {
         "pool": str(pool.path),
-        "num_speculative_tokens": draft_length(pool.facts, config.num_speculative_tokens, least=1),
+        "num_speculative_tokens": draft_length(pool.facts, config.num_speculative_tokens, least=1, slots=config.batch),
         "drafter_parameters": sum(leaf.size for leaf in jax.tree.leaves(pool.pair.draft.params)),
         "num_tasks": len(pool.tasks),
         "training": pool.facts["training"],

@@ -78,7 +78,7 @@ class Generate:
     seed: int = 0
     """Seed of sampling."""
     num_speculative_tokens: int | None = None
-    """Tokens drafted a round, 0 for none; None is what calibration chose."""
+    """Tokens drafted a round, 0 for none; None is what calibration chose for the batch."""
     online: bool = False
     """Change a row's drafter within its text for the one that the target agrees with most; a record's drafter is then the one
     that it began with."""
@@ -201,7 +201,7 @@ def _know(config: Generate) -> _Known:
 
 def _settings(config: Generate, known: _Known) -> dict[str, Any]:
     """What the records depend on, the prompts apart; the programs only where they round differently enough to matter."""
-    length = draft_length(known.facts, config.num_speculative_tokens)
+    length = draft_length(known.facts, config.num_speculative_tokens, slots=config.batch)
     same = {name: getattr(config, name) for name in SAME} | {"pool": known.digest, "num_speculative_tokens": length}
     # None as in jobs that were begun before there was a choice
     same |= {name: getattr(config, name) or None for name in ("online", "remember", "reliability")}
@@ -224,7 +224,7 @@ def _pool(config: Generate, known: _Known, asks: Sequence[Ask | str], mesh: jax.
         batch=config.batch,
         prompt_tokens=max((len(r.ids) for r in requests), default=1),
         max_new_tokens=bucket_of(max((r.max_new_tokens for r in requests), default=1)),
-        num_speculative_tokens=draft_length(facts, config.num_speculative_tokens),
+        num_speculative_tokens=draft_length(facts, config.num_speculative_tokens, slots=config.batch),
         dtype=dtype,
         tasks=tasks,
         rank=facts["rank"] if lora else 0,
@@ -314,7 +314,7 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
     if not todo:
         return
     config, pool, (room, kind) = job.config, job.pool, job.room
-    length = draft_length(pool.facts, config.num_speculative_tokens)
+    length = draft_length(pool.facts, config.num_speculative_tokens, slots=config.batch)
     recorders = [recording.logprobs(room)] if config.logprobs else []
     if length and (config.remember or config.replay):
         recorders.append(recording.choices(len(serving.candidates(pool))))
@@ -367,11 +367,17 @@ def _remember(experience: Experience, pool: Pool, said: Mapping[str, Any]) -> No
         experience.saw(task, said["route_confidence"], begun, said["log_weights"])
 
 
-def explain(engine: Engine) -> None:
-    """Prints the programs that an engine has compiled; one that was compiled for two layouts of its arguments is one."""
+def by_program(engine: Engine) -> dict[tuple[str, str], float]:
+    """Seconds of compiling by name and shape; a program that was compiled for two layouts of its arguments is one."""
     seconds: dict[tuple[str, str], float] = defaultdict(float)
     for own in engine.compiled:
         seconds[own.name, own.shape] += own.seconds
+    return seconds
+
+
+def explain(engine: Engine) -> None:
+    """Prints the programs that an engine has compiled."""
+    seconds = by_program(engine)
     print(f"{len(seconds)} programs for {engine.slots} slots of {engine.room} tokens:")
     for (name, shape), spent in seconds.items():
         print(f"  {name:8} {shape:24} {spent:7.2f} s")

@@ -90,7 +90,8 @@ def retimed(
     ways = _one_engine(pool, lengths, rule, shape) if slots == 1 else _engines(pool, lengths, rule, shape)
     rounds = {way: row["round_milliseconds"] for way, row in timed(ways, sample[: SAMPLE * slots], PASSES).items()}
     of = lambda name: {k: own for (family, k), own in rounds.items() if family == name}
-    known: dict[str, Any] = {"calibration": _calibration(facts, facts, drafter_names(facts), of(""), slots)}
+    own = _calibration(facts, facts, drafter_names(facts), of(""), slots)
+    known: dict[str, Any] = {"calibration": own, "calibration_by_slots": {}}
     if slots == 1:
         known["further"] = {
             name: {**own, "calibration": _calibration(facts, own, list(own["acceptance_length"]), of(name), slots)}

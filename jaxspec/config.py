@@ -145,8 +145,9 @@ class Calibrate:
     """Calibrate prompts decoded with each."""
     passes: int = 2
     """Interleaved passes; the fastest pass of each length counts."""
-    slots: int = 1
-    """Rows decoded together while measuring, on each part of a mesh's rows: as many as the jobs to come will have."""
+    slots: tuple[int, ...] = (1,)
+    """Rows decoded together while measuring, on each part of a mesh's rows: as many as the jobs to come will have. Of several
+    numbers a job takes the least that is no less than its own."""
     max_new_tokens: int = 64
     """Longest completion while measuring."""
     texts: int = 48
@@ -234,7 +235,7 @@ def command_line(config_type: type[Config], run: Callable[[Config], None], argv:
         sys.exit(130)
 
 
-MAY_BE_ZERO = ("seed", "process", "lengths", "num_speculative_tokens")
+MAY_BE_ZERO = ("seed", "process", "lengths", "drafted", "num_speculative_tokens")
 SHARES = ("trunk", "warmup", "fallback_below", "select", "on_policy", "replay")
 
 

@@ -82,7 +82,7 @@ def generate(pool: Pool, prompts: Iterable[Prompt], **settings: Any) -> Iterator
     Args:
         prompts: texts, or chats as lists of `{"role": ..., "content": ...}`; all of them are read before the first is answered.
         settings: `max_new_tokens=128, temperature=0.0, top_k=None, top_p=None, seed=0, stop=(), drafter=None` of every
-            prompt; `batch=8` slots; `num_speculative_tokens=None`, which takes what calibration chose; and
+            prompt; `batch=8` slots; `num_speculative_tokens=None`, which takes what calibration chose for as many; and
             `acceptance="rejection"` or `"gumbel"`, the rule above temperature 0; `logprobs=False`.
 
     Raises:
@@ -228,7 +228,7 @@ def _pieces(
     ]
     requests = [ask.request for ask in asks]
     if drafter is not None:  # the length that a row has of its own is for the drafter that the pool would choose
-        num_speculative_tokens = draft_length(pool.facts, num_speculative_tokens)
+        num_speculative_tokens = draft_length(pool.facts, num_speculative_tokens, slots=batch)
     among = options(pool.facts, num_speculative_tokens, batch)
     engine = engine_of(pool, among.families, rule_for(requests, acceptance), batch, room_for(requests), logprobs)
     method = serving.chosen(pool, batch, among, bank=drafter is not None)

@@ -4,14 +4,17 @@
 
 Prompts of the calibrate split are decoded by their tasks' drafters, greedily, one at a time or in as many slots as jobs
 will have (on a mesh, on each part of the rows), with each number of drafted tokens; passes interleave, and the number with
-the most tokens per second is the pool's. It is 0 where speculation does not pay. What every drafter would have had accepted
-there, at any number, follows from one pass over the target's texts; a task whose adapter gains nothing is served by what
-adapters belong on. `--calibrate.further ngram NAME=POOL` measures other families of drafters beside the pool's own.
+the most tokens per second is the pool's, for each of several `--calibrate.slots`. It is 0 where speculation does not pay.
+What every drafter would have had accepted there, at any number, follows from one pass over the target's texts; a task whose
+adapter gains nothing is served by what adapters belong on. `--calibrate.further ngram NAME=POOL` measures other families of
+drafters beside the pool's own.
 """
 
 import json
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +50,13 @@ from jaxspec.store.stages import Stage, finish, manifest, open_stage, read_array
 from jaxspec.store.traces import Traces, check_models, read_traces
 from jaxspec.timing import timed
 
+FULL = 2  # times that requests fill the slots in which they are timed
+
 
 def run(experiment: Experiment) -> None:
     """Writes `out/pool`."""
     parents = {name: manifest(experiment.out, name)["digest"] for name in ("trace", "partition", "align", "router")}
-    config = {"calibrate": plain(experiment.calibrate), "dtype": experiment.dtype, "seed": experiment.seed}
+    config = {"calibrate": _claimed(experiment.calibrate), "dtype": experiment.dtype, "seed": experiment.seed}
     stage = open_stage(experiment.out, "pool", config=config, parents=parents)
     if stage.complete:
         return print(f"calibrate: pool complete in {stage.folder}")
@@ -75,20 +80,48 @@ def run(experiment: Experiment) -> None:
         own.name: _looked_up(judge) if own.name == NGRAM else _of_pool(own, others[own.name], judge) for own in further
     }
     requests = _sample(experiment, traces, partition)
-    ways = _ways(experiment, pool, others, NGRAM in facts["further"], max(len(own.ids) for own in requests))
-    for (name, k), row in timed(ways, requests, experiment.calibrate.passes).items():
-        (facts["further"][name] if name else facts).setdefault("calibration", {})[k] = row
+    fewest, *more = _numbers_of_slots(experiment, pool)
+    table = _timed(experiment, _ways(experiment, pool, others, NGRAM in facts["further"], fewest, requests), requests)
+    for name, own in table.items():
+        (facts["further"][name] if name else facts)["calibration"] = own
+    rows = {own: _timed(experiment, _ways(experiment, pool, {}, False, own, requests), requests) for own in more}
+    facts["calibration_by_slots"] = {fewest: table[""], **{slots: own[""] for slots, own in rows.items()}}
     finish(stage, **facts)
     _say(facts)
-    print(f"calibrate: K = {draft_length(facts)}; pool in {stage.folder}")
+    by_slots = ", ".join(
+        f"K = {draft_length(facts, slots=own)} in {own} slots" for own in facts["calibration_by_slots"]
+    )
+    print(f"calibrate: {by_slots}; pool in {stage.folder}")
+
+
+def _claimed(spec: Calibrate) -> dict:
+    """The settings as a pool's folder claims them, one number of slots as before there could be several."""
+    return {**plain(spec), "slots": spec.slots[0] if len(spec.slots) == 1 else sorted(set(spec.slots))}
+
+
+def _numbers_of_slots(experiment: Experiment, pool: Pool) -> list[int]:
+    """Rows decoded together in each measurement, ascending."""
+    parts = sharding.num_row_parts(pool.mesh) if pool.mesh else 1
+    return [own * parts for own in sorted(set(experiment.calibrate.slots))]
+
+
+def _timed(experiment: Experiment, ways: dict, requests: Sequence[Request]) -> dict[str, dict[int, dict]]:
+    """What was measured of every draft length by family; requests come again where they do not fill the slots twice."""
+    slots = next(iter(ways.values()))[0].slots
+    filling = list(islice(cycle(requests), max(len(requests), FULL * slots)))
+    table: dict[str, dict] = defaultdict(dict)
+    for (name, k), row in timed(ways, filling, experiment.calibrate.passes).items():
+        table[name][k] = row
+    return table
 
 
 def _further(spec: Calibrate) -> list[Place]:
     """The families asked for beside the pool's own."""
     found = [Place(own, "", "") if own == NGRAM else place("--calibrate.further", own) for own in spec.further]
-    if spec.further and spec.slots > 1:
+    if spec.further and min(spec.slots) > 1:
         raise UserError(
-            f"--calibrate.slots {spec.slots} with --calibrate.further: families are chosen among one prompt at a time; give 1"
+            f"--calibrate.slots {' '.join(map(str, spec.slots))} with --calibrate.further: families are chosen among one "
+            "prompt at a time; give 1, too"
         )
     names = [own.name for own in found]
     if len(names) > len(set(names)):
@@ -219,10 +252,16 @@ def _replay(traces: Traces, partition: dict) -> Known:
     return bounded_by_task([own])
 
 
-def _ways(experiment: Experiment, pool: Pool, others: dict[str, Pool], looks_up: bool, longest: int) -> dict:
+def _ways(
+    experiment: Experiment,
+    pool: Pool,
+    others: dict[str, Pool],
+    looks_up: bool,
+    slots: int,
+    requests: Sequence[Request],
+) -> dict:
     """Engine and method of every (family, draft length); the pool's own family has no name."""
-    spec = experiment.calibrate
-    slots = spec.slots * (sharding.num_row_parts(pool.mesh) if pool.mesh else 1)
+    spec, longest = experiment.calibrate, max(len(own.ids) for own in requests)
     shape: dict[str, Any] = {"slots": slots, "room": room_of(bucket_of(longest), spec.max_new_tokens)}
     drafting = [k for k in spec.lengths if k]
     ways = {("", k): (serving.speculative(pool, k, **shape), serving.given(pool, slots)) for k in spec.lengths}

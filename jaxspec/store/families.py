@@ -64,7 +64,7 @@ def options(facts: Mapping[str, Any], asked: int | None = None, slots: int = 1) 
     """
     names = tuple(drafter_names(facts))
     if asked is not None or slots > 1:
-        k = draft_length(facts, asked)
+        k = draft_length(facts, asked, slots=slots)
         rounds = router.token_seconds(tokens_a_round(facts, names, [k]), np.ones(1))  # that length may not be measured
         return Options(False, (k,), names, rounds, (("", (k,)),), np.zeros(len(names), int))
     lengths = tuple(sorted(map(int, facts["calibration"])))

@@ -140,17 +140,34 @@ def find_pool(path: str) -> tuple[Path, dict, str]:
     if "acceptance_length" not in manifest["results"]:
         raise UserError(f"{path!r} was made by an earlier version; remove it and run `python -m train.calibrate` again")
     earlier = {"trunk": False, "specialists": "bank_lora", "training": None, "curves": None, "further": {}}
+    earlier["calibration_by_slots"] = {}
     return folder, {**earlier, **manifest["results"]}, manifest["digest"]
 
 
-def draft_length(facts: Mapping[str, Any], asked: int | None = None, least: int = 0) -> int:
+def calibration(facts: Mapping[str, Any], slots: int | None = None) -> dict[int, dict[str, Any]]:
+    """What was measured of each draft length, in the fewest slots of those measured, or as a job of `slots` wants it.
+
+    That is the fewest measured slots that are no fewer than the job's, else the most: the more rows a call has, the less it
+    gains by more columns, so that what pays there pays here, and a job drafts nothing where it may lose.
+    """
+    by_slots = {int(own): table for own, table in facts["calibration_by_slots"].items()} if slots else {}
+    enough = [own for own in by_slots if own >= (slots or 0)]
+    near = min(enough, default=max(by_slots, default=None))
+    table = facts["calibration"] if near is None else by_slots[near]
+    return {int(k): row for k, row in table.items()}
+
+
+def draft_length(facts: Mapping[str, Any], asked: int | None = None, least: int = 0, slots: int | None = None) -> int:
     """Tokens to draft a round: as asked, or else the number, from `least` on, that calibration found fastest.
+
+    Args:
+        slots: rows that are decoded together, see `calibration`.
 
     Raises:
         UserError: the number asked for is not between `least` and MAX_DRAFT.
     """
     if asked is None:
-        table = {int(k): row for k, row in facts["calibration"].items() if int(k) >= least}
+        table = {k: row for k, row in calibration(facts, slots).items() if k >= least}
         return max(table, key=lambda k: table[k]["tokens_per_second"])
     if checked("num_speculative_tokens", asked) < least:
         raise UserError(f"num_speculative_tokens {asked} must lie between {least} and {MAX_DRAFT}")
