@@ -5,6 +5,7 @@ loop that decodes. Steps of the models alone stay at one place of the cache; ite
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +15,14 @@ from jax import Array
 
 from decode.subjects import Drafting, Load, Subject
 from jaxspec import roofline, serving, verify
+from jaxspec.attention import fastest
 from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.requests import Request, as_prompt, as_sampling, bucket_of
 from jaxspec.roofline import Work
 from jaxspec.slots import empty_slots, pool_features, programs
 from jaxspec.target import LMState, lm_target
 from jaxspec.transformer import LMConfig, empty_cache
-from jaxspec.types import Drafter, Prompt, SpecParams
+from jaxspec.types import Drafter, Prompt, SpecParams, Target
 
 NEVER = (-1,)  # a stop token that no text has: rows are tested for it and go on
 SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
@@ -39,7 +41,7 @@ class Chain(NamedTuple):
 
 def scoring(config: LMConfig, dtype: Any, params: dict, rows: int, width: int, load: Load) -> Chain:
     """A model's call for a window of `width` columns: the target's autoregressive step or verification, the drafter's step."""
-    model = lm_target(config, dtype)
+    model = _target(config, dtype)
 
     @jax.jit
     def program(params, state: LMState, window: Array, steps: Array) -> Array:
@@ -57,7 +59,7 @@ def scoring(config: LMConfig, dtype: Any, params: dict, rows: int, width: int, l
 
 def reading(own: Subject, load: Load) -> Chain:
     """The target's prefill of one prompt that fills its bucket, with the router's features."""
-    model, bucket = lm_target(own.shape, own.dtype), load.bucket
+    model, bucket = _target(own.shape, own.dtype), load.bucket
 
     @jax.jit
     def program(params, tokens: Array, steps: Array):
@@ -80,7 +82,7 @@ def reading(own: Subject, load: Load) -> Chain:
 
 def models(own: Subject, drafting: Drafting, load: Load) -> Chain:
     """An iteration's calls of drafter and target, and nothing between them but what feeds the next."""
-    target, drafter = lm_target(own.shape, own.dtype), _drafter(own, load.number)
+    target, drafter = _target(own.shape, own.dtype), _drafter(own, load.number)
 
     @jax.jit
     def program(params: SpecParams, tokens: Array, state: tuple, length: Array, steps: Array) -> Array:
@@ -111,10 +113,14 @@ def iterations(own: Subject, drafting: Drafting | None, load: Load, sampling: di
     """
     rule = verify.rejection if sampling else verify.greedy
     drafter = _drafter(own, load.number) if drafting else silent_drafter(serving.idle_width() - 1)
-    program = programs(lm_target(own.shape, own.dtype), drafter, rule, stop_tokens=NEVER).chunk
-    params, filled = _filled(own, drafter, rule, drafting, load, sampling or {})
+    program = programs(_target(own.shape, own.dtype), drafter, rule, stop_tokens=NEVER).chunk
+    filled = cache(lambda: _filled(own, drafter, rule, drafting, load, sampling or {}))
     copied = jax.jit(lambda state: jax.tree.map(jnp.copy, state))  # the program takes its state for itself
-    run = lambda steps: jax.block_until_ready(program(params, copied(filled), np.int32(0), np.int32(steps)).spec.length)
+
+    def run(steps: int) -> Array:
+        params, state = filled()
+        return jax.block_until_ready(program(params, copied(state), np.int32(0), np.int32(steps)).spec.length)
+
     idle = roofline.window(
         own.shape, own.dtype, rows=own.slots, width=serving.idle_width(), cached=load.context, scored=1
     )
@@ -122,22 +128,27 @@ def iterations(own: Subject, drafting: Drafting | None, load: Load, sampling: di
     return Chain(run, work, load.budget // (drafter.num_nodes + 1))
 
 
+def _target(config: LMConfig, dtype: Any) -> Target:
+    """A model as engines on one device have it."""
+    return lm_target(config, dtype, attend=fastest(False, dtype))
+
+
 def _drafter(own: Subject, number: int) -> Drafter:
-    return lm_drafter(own.draft, number, vocab_size=own.shape.vocab_size, dtype=own.dtype)
+    known = {"vocab_size": own.shape.vocab_size, "dtype": own.dtype, "attend": fastest(False, own.dtype)}
+    return lm_drafter(own.draft, number, **known)
 
 
 def _filled(own: Subject, drafter: Drafter, rule: Any, drafting: Drafting | None, load: Load, sampling: dict[str, Any]):
-    """Parameters, and slots whose rows have read a prompt of `context` tokens and draft by their routes."""
-    target, known = lm_target(own.shape, own.dtype), {"slots": own.slots, "room": load.room, "sampled": bool(sampling)}
+    """Parameters, and slots whose rows have all read one prompt of `context` tokens and draft by their routes."""
+    target, known = _target(own.shape, own.dtype), {"slots": own.slots, "room": load.room, "sampled": bool(sampling)}
     fill = programs(target, drafter, rule, stop_tokens=NEVER)
     params = SpecParams(own.target, drafting.params if drafting else ())
-    ids = np.random.default_rng(0).integers(0, own.shape.vocab_size, (own.slots, load.context))
-    requests = [
-        Request(ids=tuple(row), max_new_tokens=load.budget, number=i, **sampling) for i, row in enumerate(ids.tolist())
-    ]
+    ids = tuple(np.random.default_rng(0).integers(0, own.shape.vocab_size, load.context).tolist())
+    requests = [Request(ids=ids, max_new_tokens=load.budget, number=i, **sampling) for i in range(own.slots)]
     routes = drafting.routes if drafting else (-1,) * own.slots
     prompt = as_prompt(requests, own.slots, bucket_of(load.context), routes)
-    state, _ = fill.prefill(own.read, prompt.tokens, prompt.length)
+    row, _ = fill.prefill(own.read, prompt.tokens[:1], prompt.length[:1])
+    state = jax.tree.map(lambda leaf: jnp.repeat(leaf, own.slots, axis=0), row)
     empty = jax.jit(empty_slots(target, drafter, rule, **known))(params)
     drawn = as_sampling(requests, own.slots, own.shape.vocab_size) if sampling else None
     return params, fill.admit(params, empty, prompt, state, drawn, np.arange(own.slots, dtype=np.int32))

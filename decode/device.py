@@ -51,6 +51,14 @@ def sample_bytes() -> int:
     return min(4 * GIB, (device_memory() or 16 * GIB) // 4)
 
 
+def shown(
+    dtype: Any, *, passes: int, seconds: float, rate: float | None = None, operations: float | None = None
+) -> tuple[Bandwidth | None, float]:
+    """Bandwidth, None where its `rate` is known, and operations per second, if they are not known either."""
+    known = {"passes": passes, "seconds": seconds}
+    return None if rate else bandwidth(sample_bytes(), **known), operations or peak(dtype, **known)
+
+
 def is_void(kind: str, bandwidth: float) -> bool:
     """Whether a device of this kind reads so slowly that nothing measured beside it counts."""
     return "H200" in kind and bandwidth < LEAST_H200

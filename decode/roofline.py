@@ -74,9 +74,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _device(config: Roofline, dtype: Any) -> tuple[Bandwidth | None, float]:
     """What the device shows at this moment of what the user has not given: bandwidth, and operations per second."""
-    known = {"passes": config.passes, "seconds": config.seconds}
-    moved = None if config.bandwidth else device.bandwidth(device.sample_bytes(), **known)
-    return moved, config.peak or device.peak(dtype, **known)
+    known = {"rate": config.bandwidth, "operations": config.peak}
+    return device.shown(dtype, passes=config.passes, seconds=config.seconds, **known)
 
 
 def _conditions(

@@ -10,6 +10,7 @@ import numpy as np
 
 from decode.plan import shape_of
 from jaxspec import roofline, serving
+from jaxspec.adapters import init_bank
 from jaxspec.config import UserError
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.requests import MAX_DRAFT, bucket_of
@@ -19,8 +20,8 @@ from jaxspec.transformer import LMConfig, abstract
 
 
 @dataclass(frozen=True, kw_only=True)
-class Roofline:
-    """What is measured, and how."""
+class Measured:
+    """Models whose programs are measured, and how long."""
 
     pool: str = ""
     """Folder of the pool whose programs are measured."""
@@ -32,18 +33,8 @@ class Roofline:
     """Another place of the pool's base drafter."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """float32 or bfloat16; empty is what the pool was made with, and bfloat16 for shapes."""
-    slots: tuple[int, ...] = (1, 8)
-    """Numbers of rows decoded together."""
-    context: int = 128
-    """Tokens cached in every row."""
-    room: int = 512
-    """Slots of the cache of every row."""
-    prompt: int = 128
-    """Tokens of the prompt whose reading is measured, padded to their bucket."""
     num_speculative_tokens: int | None = None
     """Tokens drafted an iteration; None is what calibration chose, and 4 for shapes."""
-    widths: tuple[int, ...] = (2, 3, 5, 9)
-    """Columns of the windows that the target verifies, beside one, what idles, and what an iteration needs."""
     bandwidth: float | None = None
     """Bytes per second of the device's memory; None measures it."""
     peak: float | None = None
@@ -54,6 +45,22 @@ class Roofline:
     """What the shorter of a program's two chains should take; the other is three times as long."""
     output: str = ""
     """File for the JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roofline(Measured):
+    """What is measured, and how."""
+
+    slots: tuple[int, ...] = (1, 8)
+    """Numbers of rows decoded together."""
+    context: int = 128
+    """Tokens cached in every row."""
+    room: int = 512
+    """Slots of the cache of every row."""
+    prompt: int = 128
+    """Tokens of the prompt whose reading is measured, padded to their bucket."""
+    widths: tuple[int, ...] = (2, 3, 5, 9)
+    """Columns of the windows that the target verifies, beside one, what idles, and what an iteration needs."""
 
 
 class Load(NamedTuple):
@@ -99,17 +106,78 @@ def subjects(config: Roofline) -> tuple[Load, Iterator[Subject]]:
     Raises:
         UserError: not exactly one of pool and shapes, shapes that are unknown or no pair, no room for context and windows.
     """
-    if bool(config.pool) == bool(config.shapes):
-        raise UserError(f"--pool {config.pool!r} with --shapes {config.shapes}; give either a pool or two shapes")
+    check_models(config)
     if config.pool:
         pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype)
-        load = _load(config, draft_length(pool.facts, config.num_speculative_tokens, least=1))
+        load = _load(config, number_of(config, pool.facts))
         return load, (_of_pool(pool, slots) for slots in config.slots)
-    if len(config.shapes) != 2:
+    return _load(config, number_of(config, {})), _of_shapes(config)
+
+
+def check_models(config: Measured) -> None:
+    """Raises UserError unless there is either a pool or two shapes."""
+    if bool(config.pool) == bool(config.shapes):
+        raise UserError(f"--pool {config.pool!r} with --shapes {config.shapes}; give either a pool or two shapes")
+    if config.shapes and len(config.shapes) != 2:
         raise UserError(f"--shapes {' '.join(config.shapes)} must be two, a target and a drafter")
+
+
+def number_of(config: Measured, facts: dict[str, Any]) -> int:
+    """Tokens drafted an iteration, of a pool of which so much is known or of shapes."""
+    known = 4 if config.shapes and config.num_speculative_tokens is None else config.num_speculative_tokens
+    return draft_length(facts, known, least=1)
+
+
+class Models(NamedTuple):
+    """A target and a drafter: shapes, and weights as prompts want them."""
+
+    shape: LMConfig
+    draft: LMConfig
+    target: dict
+    drafter: dict
+
+    @property
+    def dtype(self) -> Any:
+        return jax.tree.leaves(self.target)[0].dtype
+
+
+def models_of(config: Measured, pool: Pool | None = None) -> Models:
+    """The pool's target and what its adapters belong on; without a pool the shapes with random weights."""
+    if pool:
+        pair = pool.pair
+        return Models(pair.target.config, pair.draft.config, pair.target.params, pool.trunk)
     target, draft = (shape_of(name) for name in config.shapes)
-    number = 4 if config.num_speculative_tokens is None else config.num_speculative_tokens
-    return _load(config, draft_length({}, number, least=1)), _of_shapes(config, target, draft)
+    return drawn(target, draft, jnp.dtype(config.dtype or "bfloat16"))
+
+
+def drawn(target: LMConfig, draft: LMConfig, dtype: Any) -> Models:
+    """Random weights."""
+    return Models(target, draft, _drawn(target, dtype), _drawn(draft, dtype))
+
+
+def alone(models: Models, slots: int) -> Subject:
+    """A target with one drafter for all rows."""
+    drafter = Drafting(LMDrafterParams(serving.laid(models.drafter, slots)), (-1,) * slots)
+    return _subject(models, slots, {"base": drafter})
+
+
+def banked(models: Models, slots: int, tasks: int, rank: int) -> Subject:
+    """A target with fresh adapters of so many tasks, of which rows have one after the other."""
+    bank = init_bank(models.drafter, jax.random.key(0), tasks=tasks, rank=rank)
+    routes = tuple(i % tasks for i in range(slots))
+    return _subject(
+        models, slots, _of_routes(models.draft, serving.banked(models.draft, models.drafter, bank, slots), routes)
+    )
+
+
+def _of_routes(draft: LMConfig, params: LMDrafterParams, routes: tuple[int, ...]) -> dict[str, Drafting]:
+    number, dtype = len(set(routes)), jax.tree.leaves(params.weights)[0].dtype
+    return {f"{number} routes": Drafting(params, routes, roofline.updates(draft, dtype, params.bank, number))}
+
+
+def _subject(models: Models, slots: int, drafters: dict[str, Drafting]) -> Subject:
+    laid = serving.laid(models.target, slots)
+    return Subject(models.shape, models.draft, models.dtype, slots, laid, models.target, drafters)
 
 
 def _load(config: Roofline, number: int) -> Load:
@@ -132,18 +200,14 @@ def _of_pool(pool: Pool, slots: int) -> Subject:
     if slots == 1:
         return Subject(*own, {"base": alone(pool.drafter("base"), -1), "merged": alone(pool.weights(0), 0)})
     routes = tuple(i % len(pool.tasks) for i in range(slots))
-    params, number = serving.adapted(pool, slots)(np.array(routes)), len(set(routes))
-    adapters = roofline.updates(pair.draft.config, dtype, params.bank, number)
-    mixed = {f"{number} routes": Drafting(params, routes, adapters)}
+    mixed = _of_routes(pair.draft.config, serving.adapted(pool, slots)(np.array(routes)), routes)
     return Subject(*own, {"one merged": alone(pool.weights(0), 0), **mixed})
 
 
-def _of_shapes(config: Roofline, target: LMConfig, draft: LMConfig) -> Iterator[Subject]:
-    dtype = jnp.dtype(config.dtype or "bfloat16")
-    plain, small = _drawn(target, dtype), _drawn(draft, dtype)
+def _of_shapes(config: Roofline) -> Iterator[Subject]:
+    models = models_of(config)
     for slots in config.slots:
-        drafter = Drafting(LMDrafterParams(serving.laid(small, slots)), (-1,) * slots)
-        yield Subject(target, draft, dtype, slots, serving.laid(plain, slots), plain, {"base": drafter})
+        yield alone(models, slots)
 
 
 def _drawn(config: LMConfig, dtype: Any) -> dict:

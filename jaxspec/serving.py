@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from jaxspec import recording, router, shift, verify
-from jaxspec.adapters import Stacked, Whole, stack, with_base
+from jaxspec.adapters import Bank, Stacked, Whole, stack, with_base
 from jaxspec.attention import Attend, fastest
 from jaxspec.drafters import hedged, lm_drafter, ngram_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
@@ -239,15 +239,19 @@ def adapted(pool: Pool, slots: int) -> Callable[[np.ndarray], LMDrafterParams]:
 
     if slots == 1:
         return lambda routes: merged(int(routes[0]))
-    if isinstance(pool.bank, Whole):
-        every = LMDrafterParams(pool.trunk, with_base(pool.trunk, pool.bank))
-        return lambda routes: every
-    if stacks(pool.pair.draft.config, len(pool.tasks), _dtype(pool)):
-        side_by_side = LMDrafterParams(stack(pool.trunk, pool.bank), Stacked())
-        return lambda routes: side_by_side
-    weights = laid(pool.trunk, slots)  # adapters are merged into plain kernels, so the layout comes last
-    banked = LMDrafterParams(weights, jax.tree.map(lambda x: x.astype(_dtype(pool)), pool.bank))
-    return lambda routes: banked
+    every = banked(pool.pair.draft.config, pool.trunk, pool.bank, slots)
+    return lambda routes: every
+
+
+def banked(draft: LMConfig, trunk: dict, bank: Bank, slots: int) -> LMDrafterParams:
+    """The trunk and all tasks' updates, as rows of many routes draft with them."""
+    if isinstance(bank, Whole):
+        return LMDrafterParams(trunk, with_base(trunk, bank))
+    dtype = jax.tree.leaves(trunk)[0].dtype
+    if stacks(draft, len(jax.tree.leaves(bank)[0]), dtype):
+        return LMDrafterParams(stack(trunk, bank), Stacked())
+    weights = laid(trunk, slots)  # adapters are merged into plain kernels, so the layout comes last
+    return LMDrafterParams(weights, jax.tree.map(lambda x: x.astype(dtype), bank))
 
 
 def stacks(draft: LMConfig, tasks: int, dtype: Any) -> bool:
