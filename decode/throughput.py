@@ -3,9 +3,10 @@
     python -m decode.throughput --pool runs/testbed/pool --prompts ../shared/data/eval --limit 16 --slots 1 4 16 64
 
 All prompts, of all tasks in turn, go through an engine of B slots; the clock runs from the first prompt's ids in host memory
-to the last token there, prefill and routing included. `one route` decodes with one specialist's merged weights; what a round
-of all slots costs `routed`, whose rows have a drafter each, beside what it costs there, is the price of mixing. A round is
-timed by itself, because drafters that are right more often have fewer rounds to bear the prompts.
+to the last token there, prefill and routing included. `mixed` decodes with the one drafter of all tasks, `one route`
+with one specialist's merged weights; what a round of all slots costs `routed`, whose rows have a drafter each, beside what it
+costs there, is the price of mixing. A round is timed by itself, because drafters that are right more often have fewer rounds
+to bear the prompts.
 Programs of different numbers of slots round differently: `parted` is the share of prompts whose routed text is not that of the
 first number of slots, with the widest gap between the two logits at a first difference, in steps of bfloat16.
 """
@@ -28,15 +29,16 @@ from jaxspec import serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
-from jaxspec.requests import Completion, Request, bucket_of, room_of
+from jaxspec.requests import Completion, Request, bucket_of, checked, room_of
 from jaxspec.store.models import encode
 from jaxspec.store.pool import Pool, draft_length, load_pool
 from jaxspec.store.prompts import read_prompts
 from jaxspec.store.stages import write_json
 from jaxspec.timing import slope
 
-METHODS = ("autoregressive", "base", "one route", "routed")
+METHODS = ("autoregressive", "base", "mixed", "one route", "routed")
 
+BEST = ("best K", "with it, tokens/s", "with it / autoregressive")
 ROUNDS = 4, 12  # rounds of the chunks whose times are compared
 FULL = 8  # times that the slots are filled for it
 
@@ -67,6 +69,9 @@ class Throughput:
     """Longest completion, in tokens."""
     num_speculative_tokens: int | None = None
     """Tokens drafted a round; None is what calibration chose."""
+    lengths: tuple[int, ...] = ()
+    """Numbers of drafted tokens that `routed` is also measured with in every number of slots, and 0 with them: the fastest is
+    what `--calibrate.slots` should find for such a job."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """float32 or bfloat16; empty is what the pool was made with."""
     target: str = ""
@@ -88,6 +93,8 @@ def run(config: Throughput) -> None:
         raise UserError(f"--json {config.json}: its folder does not exist; make it first")
     if config.widen and config.num_speculative_tokens is None:
         raise UserError("--widen needs --num-speculative-tokens: calibration's number is that of the target's own cost")
+    for own in config.lengths:
+        checked("num_speculative_tokens", own)
     mesh = sharding.asked(config.mesh)
     for slots in config.slots:
         sharding.check_rows(slots, mesh, "--slots")
@@ -95,7 +102,7 @@ def run(config: Throughput) -> None:
     requests = _requests(config, pool)
     k = draft_length(pool.facts, config.num_speculative_tokens, least=1)
     if config.widen:
-        load = widened.load_of(pool, requests, max(config.slots), config.admit_rows, k)
+        load = widened.load_of(pool, requests, max(config.slots), config.admit_rows, max((k, *config.lengths)))
         pool = widened.widened(pool, config.widen, load, config.mesh.memory)
     conditions = {
         "target": widened.name_of(pool, config.widen),
@@ -107,12 +114,9 @@ def run(config: Throughput) -> None:
         "autoregressive_width": serving.idle_width(),
     }
     print(json.dumps(conditions))
-    print(
-        "| slots | "
-        + " | ".join(f"{name}, tokens/s" for name in METHODS)
-        + " | routed / autoregressive | a round, routed / one route | parted |"
-    )
-    print("|---:|" + "---:|" * (len(METHODS) + 3))
+    columns = ["slots", *(f"{name}, tokens/s" for name in METHODS), "routed / autoregressive"]
+    columns += ["a round, routed / one route", "parted", *(BEST if config.lengths else ())]
+    print("| " + " | ".join(columns) + " |\n|" + "---:|" * len(columns))
     rows, texts = [], {}
     for slots in config.slots:
         figures, texts[slots] = _measure(config, pool, requests, slots, k)
@@ -150,26 +154,38 @@ def _measure(config: Throughput, pool: Pool, requests: Sequence[Request], slots:
         "admit_rows": min(config.admit_rows, slots),
         "smallest": config.smallest_bucket,
     }
-    plain = serving.speculative(pool, 0, **shape)
-    drafting = serving.speculative(pool, k, **shape)
-    engines = {name: plain if name == "autoregressive" else drafting for name in METHODS}
+    drafting = {number: serving.speculative(pool, number, **shape) for number in sorted({0, k, *config.lengths})}
+    engines = {name: drafting[0 if name == "autoregressive" else k] for name in METHODS}
     methods = _methods(pool, slots)
-    for name in METHODS:
+    if config.lengths:
+        engines |= {_at(number): own for number, own in drafting.items() if number != k}
+        methods |= {_at(number): methods["routed"] for number in drafting if number != k}
+    names = tuple(engines)
+    for name in names:
         engines[name].warm_up(methods[name], buckets)
     timed: dict[str, list[dict]] = defaultdict(list)
     texts: Texts = {}
     for number in tqdm(range(config.passes), desc=f"{slots} slots", leave=False):
-        for name in METHODS[number % len(METHODS) :] + METHODS[: number % len(METHODS)]:
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             completions = engines[name].complete(requests, methods[name])
             timed[name].append(_figures(engines[name], completions))
             texts[name] = [completion.ids for completion in completions]
     middle = lambda name, field: statistics.median(own[field] for own in timed[name])
     figures: dict[str, dict[str, float | None]] = {
-        name: {field: middle(name, field) for field in timed[name][0]} for name in METHODS
+        name: {field: middle(name, field) for field in timed[name][0]} for name in names
     }
-    for name, time in _rounds(engines, methods, requests).items():
+    for name, time in _rounds({name: engines[name] for name in METHODS}, methods, requests).items():
         figures[name]["microseconds_a_round"] = time
-    return {"slots": slots, **figures}, texts
+    row = {"slots": slots, **{name: figures[name] for name in METHODS}}
+    if not config.lengths:
+        return row, texts
+    by_length = {number: figures["routed" if number == k else _at(number)]["tokens_per_second"] for number in drafting}
+    return row | {"by_length": by_length, "best": max(by_length, key=lambda own: by_length[own] or 0.0)}, texts
+
+
+def _at(number: int) -> str:
+    """What `routed` with so many tokens drafted is called."""
+    return f"routed, K = {number}"
 
 
 def _parted(pool: Pool, requests: Sequence[Request], first: Texts, other: Texts) -> dict[str, dict[str, float]]:
@@ -188,6 +204,7 @@ def _methods(pool: Pool, slots: int) -> dict[str, Method]:
     return {
         "autoregressive": serving.always(pool, "autoregressive", slots),
         "base": serving.always(pool, "base", slots),
+        "mixed": serving.always(pool, "mixed", slots),
         "one route": Method("one route", unrouted, lambda routes: one),
         "routed": serving.routed(pool, slots),
     }
@@ -234,6 +251,9 @@ def _print(row: dict[str, Any]) -> None:
     parted = row["parted"]["routed"]
     cells += [f"{rate('routed') / rate('autoregressive'):.2f}", f"{mixed / one:.2f}" if mixed and one else "-"]
     cells += [f"{parted['share']:.3f}" + (f", {parted['widest_gap']:.1f} steps" if parted["share"] else "")]
+    if "best" in row:
+        best = row["by_length"][row["best"]]
+        cells += [f"{row['best']}", f"{best:.0f}", f"{best / rate('autoregressive'):.2f}"]
     print(f"| {row['slots']} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -196,16 +196,17 @@ def test_rows_that_draft_with_kernels_side_by_side_have_the_texts_and_counts_of_
 
 def test_throughput_has_a_row_a_number_of_slots(pool, world, tmp_path, capsys):
     out = tmp_path / "throughput.json"
-    config = Throughput(
-        pool=str(pool), prompts=str(world.prompts), limit=3, slots=(1, 2), passes=1, max_new_tokens=6, json=str(out)
-    )
-    throughput.run(config)
+    shared = {"pool": str(pool), "prompts": str(world.prompts), "limit": 3, "passes": 1, "max_new_tokens": 6}
+    throughput.run(Throughput(**shared, slots=(1, 2), num_speculative_tokens=2, lengths=(1,), json=str(out)))
     rows = json.loads(out.read_text())["rows"]
     assert [row["slots"] for row in rows] == [1, 2]
     for row in rows:
         assert all(row[name]["tokens_per_second"] > 0 for name in throughput.METHODS)
         assert row["autoregressive"]["mean_acceptance_length"] == 1.0
         assert row["routed"]["mean_acceptance_length"] >= 1.0
+        rates = {int(k): rate for k, rate in row["by_length"].items()}
+        assert rates.keys() == {0, 1, 2} and rates[2] == row["routed"]["tokens_per_second"]
+        assert rates[row["best"]] == max(rates.values())
     assert capsys.readouterr().out.count("\n|") == 4
 
 
