@@ -2,7 +2,8 @@
 
 python -m decode.report --bench bench.json --out report/
 
-More files add a section in which their pools are compared; the rest of the page is about the first.
+More files add a section in which their pools are compared; the rest of the page is about the first. `--throughput` and
+`--growth` add what decode.throughput and decode.growth measured.
 """
 
 import base64
@@ -10,9 +11,10 @@ import html
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib.style
@@ -21,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from decode import comparison
+from decode import comparison, scaling
 from decode.comparison import Compared
 from decode.drawing import COLOURS, EDGE, INK, MARKERS, MUTED, STYLE, Bench, cell, legend, png, short
 from jaxspec.config import UserError, command_line
@@ -47,6 +49,7 @@ MEASURES = {
 # What a part must hold as lists, if it is there.
 NEEDED = {"confusion": ("tasks", "drafters", "counts"), "clusters": ("points", "cluster", "names")}
 COMPARED = "pools_compared"
+CHECKS = {"throughput": scaling.check_throughput, "growth": scaling.check_growth}
 CONDITIONS = {"target": "target ", "device": "", "dtype": "", "batch": "batch ", "num_speculative_tokens": "K = "}
 CONDITIONS |= {"temperature": "temperature ", "commit": "commit "}
 CURVES = ("step", "loss", "agreement")
@@ -70,6 +73,10 @@ class ReportConfig:
     """The bench.json that decode.bench wrote; the pools of further ones are compared with its."""
     out: Path
     """Folder for report.html and the plots; made if missing, an older report in it is replaced."""
+    throughput: Path | None = None
+    """The JSON of decode.throughput: tokens per second by the number of slots."""
+    growth: Path | None = None
+    """The JSON of decode.growth: cost along each axis beside its floor."""
 
 
 def run(config: ReportConfig) -> None:
@@ -78,33 +85,46 @@ def run(config: ReportConfig) -> None:
         raise UserError("--bench is empty; give at least one file that decode.bench wrote")
     benches = {str(path): load(path) for path in config.bench}
     bench, compared = benches[str(config.bench[0])], comparison.pools(benches)
-    plots = draw(bench, compared)
+    scaled = {name: _scaled(name, path) for name in CHECKS if (path := getattr(config, name))}
+    plots = draw(bench, compared, scaled)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / f"{COMPARED}.png").unlink(missing_ok=True)  # of an older report, in which pools were compared
+        for name in (COMPARED, *CHECKS):
+            (config.out / f"{name}.png").unlink(missing_ok=True)  # of an older report that had more
         for name, picture in plots.items():
             file = config.out / f"{name}.png"
             file.unlink(missing_ok=True)
             if picture:
                 file.write_bytes(picture)
-        (config.out / "report.html").write_text(page(bench, plots, compared), encoding="utf-8")
+        (config.out / "report.html").write_text(page(bench, plots, compared, scaled), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {config.out} cannot be written ({error.strerror}); name another folder") from error
 
 
 def load(path: Path) -> Bench:
     """Reads a bench of schema 1; raises `UserError` for anything else."""
-    try:
-        bench = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--bench {path} cannot be read ({error.strerror}); decode.bench writes it") from error
-    except ValueError as error:
-        raise UserError(f"--bench {path} is not JSON ({error}); give the file that decode.bench wrote") from error
+    bench = _read("bench", path)
     schema = bench.get("schema") if isinstance(bench, dict) else None
     if schema != 1:
         raise UserError(f"--bench {path} has schema {schema!r}, only 1 can be read; run decode.bench again")
     _check_parts(path, bench)
     return bench
+
+
+def _scaled(name: str, path: Path) -> Bench:
+    own = _read(name, path)
+    CHECKS[name](path, own)
+    return own
+
+
+def _read(name: str, path: Path) -> Any:
+    """What `decode.NAME` wrote, from the file that `--NAME` gives."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--{name} {path} cannot be read ({error.strerror}); decode.{name} writes it") from error
+    except ValueError as error:
+        raise UserError(f"--{name} {path} is not JSON ({error}); give the file that decode.{name} wrote") from error
 
 
 def _check_parts(path: Path, bench: Bench) -> None:
@@ -145,7 +165,7 @@ def _are_points(clusters: Bench) -> bool:
     return there and len(labels) in (0, number) and all(np.shape(point) == (2,) for point in clusters["points"])
 
 
-def draw(bench: Bench, compared: Sequence[Compared] = ()) -> Plots:
+def draw(bench: Bench, compared: Sequence[Compared] = (), scaled: Mapping[str, Bench] = MappingProxyType({})) -> Plots:
     """Every plot by name, as the bytes of a PNG; None where the bench has nothing to draw."""
     router = bench.get("router") or {}
     with matplotlib.style.context(["default", STYLE]):
@@ -159,10 +179,19 @@ def draw(bench: Bench, compared: Sequence[Compared] = ()) -> Plots:
         }
         if len(compared) > 1:
             figures[COMPARED] = comparison.draw(compared)
+        if "throughput" in scaled:
+            figures["throughput"] = scaling.draw_throughput(scaled["throughput"])
+        if "growth" in scaled:
+            figures["growth"] = scaling.draw_growth(scaled["growth"])
         return {name: figure and png(figure) for name, figure in figures.items()}
 
 
-def page(bench: Bench, plots: Plots, compared: Sequence[Compared] = ()) -> str:
+def page(
+    bench: Bench,
+    plots: Plots,
+    compared: Sequence[Compared] = (),
+    scaled: Mapping[str, Bench] = MappingProxyType({}),
+) -> str:
     """The report as one HTML document that refers to nothing outside itself."""
     accuracy, over_autoregressive, over_base, *others = (_table(bench, field) for field in MEASURES)
     gain = "Wall clock, prefill and routing included; the dashed line is no gain."
@@ -179,6 +208,8 @@ def page(bench: Bench, plots: Plots, compared: Sequence[Compared] = ()) -> str:
         _section(bench, plots, "clusters", "Clusters", points),
         _section(bench, plots, "training", "Training", learnt),
         _pools(plots, compared),
+        _throughput(plots, scaled.get("throughput")),
+        _growth(plots, scaled.get("growth")),
         f"<h2>Other measures</h2><details><summary>Show the tables</summary>{''.join(others)}</details>",
     ]
     head = f'<meta charset="utf-8"><title>Speculative decoding report</title><style>{CSS}</style>'
@@ -340,8 +371,40 @@ def _pools(plots: Plots, compared: Sequence[Compared]) -> str:
     several = {field: " / ".join({str(one.settings.get(field)): "" for one in compared}) for field in CONDITIONS}
     facts = _facts({field: said for field, said in several.items() if said != "None"}, CONDITIONS)
     head, rows = comparison.table(compared)
-    said = [[name, *(_setting(value) for value in values)] for name, *values in rows]
-    return _pictured(facts, plots, COMPARED, "Pools compared", reading) + _html_table("Pools compared", head, said)
+    return _pictured(facts, plots, COMPARED, "Pools compared", reading) + _tabled("Pools compared", head, rows)
+
+
+def _throughput(plots: Plots, own: Bench | None) -> str:
+    """The section on the number of slots, of a file that says what it was measured with."""
+    if own is None:
+        return ""
+    reading = (
+        "All prompts through an engine of so many slots, prefill and routing included. The ring is a method's knee: the "
+        f"fewest slots with at least {scaling.KNEE:.0%} of its most tokens per second; beyond it slots bring little."
+    )
+    head, rows = scaling.throughput_table(own)
+    return _pictured(_facts(own, CONDITIONS), plots, "throughput", "Throughput", reading) + _tabled(
+        "Tokens per second by slots", head, rows
+    )
+
+
+def _growth(plots: Plots, own: Bench | None) -> str:
+    """The section on growth; each axis was measured on a device of its own."""
+    if own is None:
+        return ""
+    reading = (
+        "Of one iteration, and of reading one prompt, with one axis changed at a time; the floor is what must be moved over "
+        "the bandwidth that the device showed, or computed over its peak, where that takes longer."
+    )
+    settings = {name: own["settings"][name] for name in ("slots", "cached", "dtype", "num_speculative_tokens")}
+    devices = {axis["device"]: "" for axis in own["axes"].values()}
+    facts = html.escape(", ".join([*devices, *(f"{name} {value}" for name, value in settings.items())]))
+    tables = [_tabled(name, head, rows) for name, (head, rows) in scaling.growth_tables(own).items()]
+    return _pictured(facts, plots, "growth", "Growth", reading) + "".join(tables)
+
+
+def _tabled(caption: str, head: list[str], rows: list[list[Any]]) -> str:
+    return _html_table(caption, head, [[name, *map(_setting, values)] for name, *values in rows])
 
 
 def _setting(value: Any) -> str:
