@@ -33,11 +33,15 @@ def dense(q: Array, keys: Array, values: Array, mask: Array, start: Array, windo
     The library's takes keys as `[B, S, kv heads, D]`, which XLA transposes as a whole in every round.
     """
     del start, window
-    groups = q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[-1])
-    scores = jnp.einsum("btkgd,bksd->bkgts", groups, keys.astype(q.dtype), preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores / math.sqrt(q.shape[-1]), NEVER)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bkgts,bksd->btkgd", weights, values.astype(q.dtype)).reshape(q.shape)
+    batch, width, _, dim = q.shape
+    groups = jnp.moveaxis(q.reshape(batch, width, keys.shape[1], -1, dim), 1, 3)
+    rows = groups.reshape(batch, keys.shape[1], -1, dim)
+    # A head's queries and columns are one axis: with two XLA would transpose all values, and the scores twice.
+    scores = jnp.einsum("bkrd,bksd->bkrs", rows, keys.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = scores.reshape(*groups.shape[:-1], -1) / math.sqrt(dim)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEVER), axis=-1).astype(q.dtype)
+    mixed = jnp.einsum("bkrs,bksd->bkrd", weights.reshape(*rows.shape[:-1], -1), values.astype(q.dtype))
+    return jnp.moveaxis(mixed.reshape(groups.shape), 3, 1).reshape(q.shape)
 
 
 def valid(
