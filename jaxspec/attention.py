@@ -34,6 +34,8 @@ def dense(q: Array, keys: Array, values: Array, mask: Array, start: Array, windo
     """
     del start, window
     batch, width, _, dim = q.shape
+    if batch == width == 1:
+        return _of_one(q, keys, values, mask)
     groups = jnp.moveaxis(q.reshape(batch, width, keys.shape[1], -1, dim), 1, 3)
     rows = groups.reshape(batch, keys.shape[1], -1, dim)
     # A head's queries and columns are one axis: with two XLA would transpose all values, and the scores twice.
@@ -42,6 +44,19 @@ def dense(q: Array, keys: Array, values: Array, mask: Array, start: Array, windo
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEVER), axis=-1).astype(q.dtype)
     mixed = jnp.einsum("bkrs,bksd->bkrd", weights.reshape(*rows.shape[:-1], -1), values.astype(q.dtype))
     return jnp.moveaxis(mixed.reshape(groups.shape), 3, 1).reshape(q.shape)
+
+
+def _of_one(q: Array, keys: Array, values: Array, mask: Array) -> Array:
+    """What `dense` says for one column of one row, by sums.
+
+    Where a product reads what so small a window was just written to, XLA on a CPU copies the cache four times for it.
+    """
+    wide = lambda x: x.astype(q.dtype).astype(jnp.float32)[:, :, None]
+    queries = wide(q.reshape(1, keys.shape[1], -1, q.shape[-1]))[:, :, 0, :, None]
+    scores = jnp.sum(queries * wide(keys), axis=-1) / math.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, NEVER), axis=-1).astype(q.dtype)
+    mixed = jnp.sum(weights.astype(jnp.float32)[..., None] * wide(values), axis=-2)
+    return mixed.astype(q.dtype).reshape(q.shape)
 
 
 def valid(

@@ -289,7 +289,7 @@ def _write(buffer: Array, new: Array, start: Array) -> Array:
     put = lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (0, at, 0))
     new = jnp.swapaxes(new, 1, 2).astype(buffer.dtype)
     if buffer.shape[0] == 1:
-        return put(buffer[0], new[0], start[0])[None]
+        return jax.lax.dynamic_update_slice(buffer, new, (0, 0, start[0], 0))
     return jax.vmap(put)(buffer, new, start)
 
 

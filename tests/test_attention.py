@@ -1,5 +1,6 @@
 """Attention that reads the valid slots alone says what attention to all of them says, and reads nothing else."""
 
+import re
 from functools import partial
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxspec.attention import PIECE, WIDEST, dense, fastest, valid
-from jaxspec.transformer import Cache, LMConfig, extend, init
+from jaxspec.transformer import Cache, LMConfig, empty_cache, extend, init
 
 interpreted = partial(valid, interpret=True)
 
@@ -60,3 +61,38 @@ def test_what_the_kernel_is_not_for_goes_the_other_way():
 def test_here_the_whole_cache_is_read():
     assert jax.default_backend() != "cpu" or fastest(False, jnp.bfloat16) is dense
     assert fastest(True, jnp.bfloat16) is dense
+
+
+def test_one_column_of_one_row_is_attended_as_among_others():
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, cached = jax.random.normal(keys[0], (3, 1, 6, 8)), [jax.random.normal(key, (3, 2, 40, 8)) for key in keys[1:]]
+    mask = jnp.arange(40) <= jnp.array([0, 17, 39])[:, None, None]
+    for dtype, atol in ((jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)):
+        low = [x.astype(dtype) for x in (q, *cached)]
+        together = dense(*low, mask, jnp.zeros(3), None).astype(jnp.float32)
+        for row in range(3):
+            alone = dense(*(x[row:][:1] for x in (*low, mask, jnp.zeros(3))), None)
+            assert alone.dtype == dtype
+            np.testing.assert_allclose(alone.astype(jnp.float32)[0], together[row], atol=atol)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_no_step_copies_a_cache_on_a_cpu(width):
+    """A loop copies the caches that it is given, once, and none in its steps."""
+    config = LMConfig(
+        vocab_size=64, width=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, max_positions=64
+    )
+
+    def loop(params, cache, window, steps):
+        def step(_, carry):
+            window, cache = carry
+            hidden, cache = extend(config, params, cache, window, jnp.array([9]))
+            return jnp.argmax(hidden, axis=-1).astype(jnp.int32), cache
+
+        return jax.lax.fori_loop(0, steps, step, (window, cache))
+
+    params, cache = init(config, jax.random.key(0)), empty_cache(config, 1, 48)
+    program = jax.jit(loop).lower(params, cache, jnp.ones((1, width), jnp.int32), 3).compile().as_text()
+    copied = re.findall(r"= f32\[(?:1,)?2,48,8\]\S* copy\(", program)
+    turned = re.findall(r"= f32\[(?:1,)?2,8,48\]", program)
+    assert len(copied) <= 2 and not turned
