@@ -87,16 +87,18 @@ def _leaves_out(sampling: Sampling, vocab: int) -> Array:
 def _smallest_kept(x: Array, k: Array | int, p: Array | float) -> Array:
     """Value of the last token kept, `[B, ..., 1]`; so are k and p, or one number for all rows.
 
-    Looked for among the CANDIDATES largest, whose order tells it at once, and by halving where it is none of these.
+    Looked for among the candidates, whose order tells it at once, and by halving where it is none of these.
     """
     vocab = x.shape[-1]
-    largest = jax.lax.top_k(x, min(CANDIDATES, vocab))[0]
+    largest = jax.lax.top_k(x, _candidates(vocab))[0]
     most = jnp.max(x, axis=-1, keepdims=True)  # as largest[..., :1] XLA would sort whole rows for the two slices
     weight, rank = jnp.exp(x - most), jnp.arange(largest.shape[-1])
     own = jnp.where(rank < k, jnp.exp(largest - most), 0.0)
     bound = p * jnp.where(k < vocab, _total(own), _total(weight))
     inside = (rank < k) & ((jnp.cumsum(own, axis=-1) - own < bound) | (p >= 1))
     among = jnp.min(jnp.where(inside | (rank == 0), largest, jnp.inf), axis=-1, keepdims=True)
+    if len(rank) == vocab:
+        return among
     found = (k <= len(rank)) | ((k == vocab) & (p < 1) & (_total(own) >= bound))
 
     count = lambda least: _total((x > least).astype(jnp.int32))
@@ -105,6 +107,11 @@ def _smallest_kept(x: Array, k: Array | int, p: Array | float) -> Array:
     bound = p * (mass(kth) + (k - count(kth)) * jnp.exp(kth - most))  # of those tied at the end k leaves some out
     nucleus = _least(lambda least: mass(least) < bound, x, ~found & (p < 1))
     return jnp.where(found, among, jnp.minimum(jnp.maximum(kth, nucleus), most))
+
+
+def _candidates(vocab: int) -> int:
+    """How many of the largest are put in order; all on an accelerator, where the host waits for each step of a search."""
+    return min(CANDIDATES, vocab) if jax.default_backend() == "cpu" else vocab
 
 
 def _total(x: Array) -> Array:

@@ -81,7 +81,7 @@ def knowing(pool, best: dict[int, tuple[str, int]]):
         "acceptance_length": {n: lengths(n) for n in own["acceptance_length"]},
     }
     known["further"] = {name: of(own) for name, own in further.items()}
-    return dataclasses.replace(pool, facts={**pool.facts, **known})
+    return dataclasses.replace(pool, facts={**pool.facts, **known}, normal=None)
 
 
 def test_a_family_that_is_nowhere_the_fastest_is_not_loaded(calibrated):

@@ -128,9 +128,14 @@ def test_what_is_quickest_is_judged_without_the_first_try():
     assert quickest({number: own.__next__ for number, own in tries.items()}) == 2
 
 
+def _without_cuda(patch):
+    patch.setattr(jax, "default_backend", lambda: "gpu")
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 REFUSED = {
     "no torch": (lambda patch: patch.setitem(sys.modules, "torch", None), {}, "needs torch, .* install it with"),
-    "no CUDA": (lambda patch: patch.setattr(jax, "default_backend", lambda: "gpu"), {}, "install torch with CUDA"),
+    "no CUDA": (lambda patch: _without_cuda(patch), {}, "install torch with CUDA"),
     "TPU": (lambda patch: patch.setattr(jax, "default_backend", lambda: "tpu"), {}, "JAX runs on 'tpu'"),
     "no such task": (lambda patch: None, {"tasks": ("cooking",)}, "no prompt of cooking"),
 }

@@ -82,7 +82,7 @@ def test_an_engine_keeps_its_states_layout_and_compiles_once(caplog):
     jax.tree.map(lambda one, other: one.sharding.is_equivalent_to(other.sharding, one.ndim) or 1 / 0, empty, state)
     keys = state.spec.target.cache.keys[0]
     assert keys.addressable_shards[0].data.shape == (2, 4, fleet.ROOM, 4)
-    assert state.spec.drafter.cache.keys[0].addressable_shards[0].data.shape == (2, fleet.ROOM, 2, 4)
+    assert state.spec.drafter.cache.keys[0].addressable_shards[0].data.shape == (2, 2, fleet.ROOM, 4)
     with jax.log_compiles():
         fleet.answer(case, own, mesh)
     assert "Compiling" not in caplog.text

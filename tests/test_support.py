@@ -1,5 +1,6 @@
 """Top-k and top-p keep what sorting keeps, and the last token that is kept is found without sorting."""
 
+import sys
 from itertools import product
 
 import jax
@@ -31,6 +32,7 @@ KINDS = [
 ]
 
 log_probs = jax.jit(sampling.log_probs)
+in_order = jax.jit(lambda *args: sampling.log_probs(*args))  # a program of its own
 
 
 def logits_of(kind: str) -> np.ndarray:
@@ -69,8 +71,12 @@ def kept(logits: np.ndarray, k: int, p: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_kept_is_what_a_sort_keeps(kind):
+@pytest.mark.parametrize("whole", [False, True], ids=["candidates", "all in order, as on accelerators"])
+def test_what_is_kept_is_what_a_sort_keeps(kind, whole, monkeypatch):
     logits = logits_of(kind)
+    if whole:
+        monkeypatch.setattr(sampling, "_candidates", lambda vocab: vocab)
+        monkeypatch.setattr(sys.modules[__name__], "log_probs", in_order)
     found = supports(np.broadcast_to(logits, (len(GRID), V)), GRID)
     for own, (k, p) in zip(found, GRID, strict=True):
         nudged = lambda push, k=k, p=p: kept(logits, k, p if p == 1 else p + push)
