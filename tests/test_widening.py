@@ -229,6 +229,7 @@ def test_bench_measures_and_names_a_wider_target(pool, prompts, tiny, tmp_path, 
     assert "target widened to llama-2-7b" in page and plain["target"] == "target"
 
 
+@pytest.mark.slow
 def test_throughput_names_a_wider_target(pool, prompts, tiny, tmp_path):
     out = tmp_path / "throughput.json"
     shared = {"pool": pool, "prompts": prompts, "slots": (1,), "passes": 1, "max_new_tokens": 4, "json": str(out)}
