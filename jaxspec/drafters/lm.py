@@ -49,12 +49,7 @@ def lm_drafter(
         return LMDrafterState(cache, prompt.length, adapter)
 
     def propose(params: LMDrafterParams, state: LMDrafterState, tokens, length, noise, sampling):
-        def read(*own):
-            one = lambda weights, adapter, *own: extend(config, weights, *own, adapter=adapter, attend=attend)
-            return _by_row(one, params, state.adapter, *own)
-
-        logits = lambda weights, _, hidden: unembed(config, weights, hidden, vocab_size)
-        say = lambda hidden: _by_row(logits, params, state.adapter, hidden)
+        read, say = halves(config, params, state.adapter, vocab_size, attend)
         draft, cache = chain(read, say, num_speculative_tokens, state.cache, tokens, length, noise, sampling)
         return draft, state._replace(cache=cache)
 
@@ -65,10 +60,44 @@ def lm_drafter(
     return Drafter(num_speculative_tokens, init, propose, commit)
 
 
+def halves(
+    config: LMConfig, params: LMDrafterParams, adapter: Adapter | None, vocab_size: int | None, attend: Attend
+) -> tuple[Callable, Callable]:
+    """The model of rows with these adapters in two: `read`, as `transformer.extend`, and `say`, hidden states to logits."""
+
+    def read(cache: Cache, window: Array, start: Array) -> tuple[Array, Cache]:
+        one = lambda weights, adapter, *own: extend(config, weights, *own, adapter=adapter, attend=attend)
+        return _by_row(one, params, adapter, cache, window, start)
+
+    logits = lambda weights, _, hidden: unembed(config, weights, hidden, vocab_size)
+    return read, lambda hidden: _by_row(logits, params, adapter, hidden)
+
+
 def chain(
     read: Callable, say: Callable, number: int, cache: Cache, tokens: Array, length: Array, noise, sampling
 ) -> tuple[Draft, Cache]:
     """Drafts `number` tokens one after another: the draft, and the cache with them in it.
+
+    Args:
+        read, say: as of `halves`.
+    """
+
+    def choose(hidden: Array, step: Array) -> tuple[Array, Any]:
+        log_q = log_probs(say(hidden), sampling)
+        if sampling is None:
+            token = jnp.argmax(log_q, axis=-1).astype(jnp.int32)
+            return token, (token, None)
+        token = jax.vmap(draw)(noise(step), log_q).astype(jnp.int32)
+        return token, (token, log_q)
+
+    (drafted, log_q), cache = follow(read, choose, number, cache, tokens, length)
+    return Draft(drafted, jnp.full(length.shape, number, jnp.int32), log_q), cache
+
+
+def follow(
+    read: Callable, choose: Callable, number: int, cache: Cache, tokens: Array, length: Array
+) -> tuple[Any, Cache]:
+    """Reads on from a text along the tokens that `choose` goes on with: what it said `[B, number, ...]`, and the cache.
 
     The round opens with a window of the last two tokens: after a fully accepted block the newest but one is not cached
     yet, otherwise it is written again with what it was. So commit only counts, and K tokens cost K calls. Where two columns
@@ -76,34 +105,27 @@ def chain(
 
     Args:
         read: (cache, window `[B, T]`, start `[B]`) -> hidden states `[B, T, H]` and the cache, as `transformer.extend`.
-        say: hidden states `[B, H]` -> logits `[B, V]`.
+        choose: (hidden states `[B, H]`, step) -> the token `[B]` that is read next, and a tree of what is said.
     """
-
-    def choose(hidden, node):
-        log_q = log_probs(say(hidden), sampling)
-        if sampling is None:
-            return jnp.argmax(log_q, axis=-1).astype(jnp.int32), None
-        return jax.vmap(draw)(noise(node), log_q).astype(jnp.int32), log_q
 
     columns = least_columns(len(tokens))
 
-    def follow(carry, node):
+    def go_on(carry, step):
         cache, before, token, at = carry
         window = jnp.stack([before, token], axis=1)[:, -columns:]
         hidden, cache = read(cache, window, at + 1 - columns)
-        following, log_q = choose(hidden[:, -1], node)
-        return (cache, token, following, at + 1), (following, log_q)
+        following, said = choose(hidden[:, -1], step)
+        return (cache, token, following, at + 1), said
 
     start = jnp.maximum(length - 2, 0)
     opening = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (2,)))(tokens, start)
     hidden, cache = read(cache, opening, start)
     last = jnp.take_along_axis(hidden, (length - 1 - start)[:, None, None], axis=1)[:, 0]
-    token, log_q = choose(last, 0)
-    first = jax.tree.map(lambda x: x[None], (token, log_q))
+    token, said = choose(last, 0)
     before = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
-    (cache, *_), rest = jax.lax.scan(follow, (cache, before, token, length), jnp.arange(1, number))
-    drafted, log_q = jax.tree.map(lambda a, b: jnp.moveaxis(jnp.concatenate([a, b]), 0, 1), first, rest)
-    return Draft(drafted, jnp.full(length.shape, number, jnp.int32), log_q), cache
+    (cache, *_), rest = jax.lax.scan(go_on, (cache, before, token, length), jnp.arange(1, number))
+    put = lambda first, others: jnp.moveaxis(jnp.concatenate([first[None], others]), 0, 1)
+    return jax.tree.map(put, said, rest), cache
 
 
 def _by_row(function: Callable, params: LMDrafterParams, adapter: Adapter | None, *rows: Any) -> Any:
