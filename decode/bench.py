@@ -28,7 +28,7 @@ from decode.rivals import Contender
 from jaxspec import serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.engine import Engine, Method, Seconds
-from jaxspec.requests import Completion, Request, bucket_of, room_of
+from jaxspec.requests import MAX_DRAFT, Completion, Request, bucket_of, room_of
 from jaxspec.router import TRUNK
 from jaxspec.store.families import options
 from jaxspec.store.models import encode
@@ -56,9 +56,10 @@ class Bench:
     json: str = ""
     """File for the results."""
     methods: tuple[str, ...] = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "oracle")
-    """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram, online, online-wrong: `routed` drafts
-    with the drafter of the prompt's task, `chosen` with the drafter and, one prompt at a time, the draft length that promise
-    the most, `ngram` with what followed in the text before; `online` begins as routed and `online-wrong` with a wrong drafter,
+    """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram, multi-draft, online, online-wrong:
+    `routed` drafts with the drafter of the prompt's task, `chosen` with the drafter and, one prompt at a time, the draft
+    length that promise the most, `ngram` with what followed in the text before, `multi-draft` as routed with several drafts
+    of every place; `online` begins as routed and `online-wrong` with a wrong drafter,
     and both change it within the text for the one that the target agrees with; merged-average, merged-awd, merged-doge, once
     `train.extras` has made them; and what `train.adopt` has added; NAME/METHOD is a rival's method."""
     rivals: tuple[str, ...] = ()
@@ -85,6 +86,11 @@ class Bench:
     """Sample among so many tokens."""
     top_p: float | None = None
     """Sample among the likeliest tokens of this mass."""
+    drafts: int = 2
+    """Drafts of every place by `multi-draft`; a round verifies so many times `num-speculative-tokens`."""
+    several: Literal["greedy-drafts", "recursive", "recursive-with-replacement", "k-seq"] = "greedy-drafts"
+    """How they are drawn and chosen among above temperature 0: the likeliest and one draw by the rule that is optimal for them,
+    draws without or with replacement by recursive rejection, or draws with replacement by K-SEQ."""
     seed: int = 0
     """Seed of sampling and of random routes."""
     widths: tuple[int, ...] = (1, 2, 4, 8)
@@ -156,6 +162,7 @@ def measure(prepared: Prepared) -> tuple[dict, list[Pass]]:
     narrow = work.texts(one_wide()) if parity and width != 1 else None
     bench = {
         **_conditions(config, pool, width),
+        "verified_nodes": {name: max(engine.lengths) for name, engine in engines.items()},
         **figures(pool, asks, passes, parity, narrow),
         **_of_routing(contenders[0], passes, engines),
         "clusters": cluster_figures(pool),
@@ -374,12 +381,13 @@ def _methods(config: Bench, contender: Contender) -> dict[str, Chosen]:
     given = serving.given(pool, config.batch)
     by_router = {
         "routed": lambda: serving.routed(pool, config.batch),
+        "multi-draft": lambda: serving.routed(pool, config.batch),
         "chosen": lambda: serving.chosen(pool, config.batch, among),
     }
     made = {}
     for name in contender.methods:
         if name in by_router:
-            reach = range(TRUNK, len(pool.names if name == "routed" else among.names))
+            reach = range(TRUNK, len(among.names if name == "chosen" else pool.names))
             made[name] = Chosen(by_router[name](), reach=[r for r in reach if r < 0 or among.family[r] >= 0])
         elif name in ONLINE:
             made[name] = Chosen(serving.hedging(pool, config.batch), wrong if name.endswith("wrong") else None)
@@ -399,10 +407,21 @@ def _engines(config: Bench, contender: Contender, rule: str, shape: dict) -> dic
     special = {
         "chosen": lambda: serving.choosing(pool, among.families, rule, **shape),
         "ngram": lambda: serving.looking_up(pool, k, rule, **shape),
+        "multi-draft": lambda: serving.several(pool, k, _drafts(config, k), config.several, rule, **shape),
         **dict.fromkeys(ONLINE, online),
     }
     spec = serving.speculative(pool, k, rule, **shape)
     return {name: special[name]() if name in special else spec for name in contender.methods}
+
+
+def _drafts(config: Bench, k: int) -> int:
+    """How many drafts every place has; UserError where slots have no room for them."""
+    if config.drafts < 1 or k * config.drafts > MAX_DRAFT:
+        raise UserError(
+            f"--drafts {config.drafts} at each of {k} places makes {k * config.drafts} nodes, which must lie between "
+            f"{k} and {MAX_DRAFT}; give another number, or --num-speculative-tokens"
+        )
+    return config.drafts
 
 
 def _fastest(work: Work, pool: Pool, shape: dict, rule: str) -> tuple[int, Engine]:

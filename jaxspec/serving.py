@@ -12,7 +12,7 @@ from jax import Array
 from jaxspec import recording, router, shift, verify
 from jaxspec.adapters import Bank, Stacked, Whole, stack, with_base
 from jaxspec.attention import Attend, fastest
-from jaxspec.drafters import hedged, lm_drafter, ngram_drafter, silent_drafter
+from jaxspec.drafters import hedged, lm_drafter, multi_drafter, ngram_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.experience import Experience
@@ -29,6 +29,13 @@ from jaxspec.types import Drafter
 WIDE = 8  # columns of a window that is called wide
 LOST = 1.5  # limits away from its task beyond which a prompt is taken for nobody's
 WINDOW = 10  # tokens of a row that all drafters are judged by at once
+SEVERAL = {
+    "greedy-drafts": ("greedy-drafts", "greedy-drafts"),
+    "recursive": ("without-replacement", "recursive"),
+    "recursive-with-replacement": ("with-replacement", "recursive"),
+    "k-seq": ("with-replacement", "k-seq"),
+}
+"""Ways of trying several drafts of one token: the scheme that draws them, and a rule of `verify.RULES` that is exact for it."""
 STACK = 1 << 28  # bytes of all tasks' kernels that an accelerator reads sooner than it launches more products
 
 
@@ -72,6 +79,19 @@ def _drafters(pool: Pool, name: str, lengths: Sequence[int]) -> dict[int, Drafte
 def looking_up(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", **shape: Any) -> Engine:
     """Speculative decoding with what the text itself says, see `drafters.ngram`."""
     return _engine(pool, ngram_drafter(num_speculative_tokens), rule, **shape)
+
+
+def several(
+    pool: Pool, num_speculative_tokens: int, drafts: int, way: str, rule: str = "greedy", **shape: Any
+) -> Engine:
+    """Speculative decoding with so many drafts of every place, see `drafters.multi`; weights and routes are arguments.
+
+    Args:
+        way: a name in `SEVERAL`, whose own rule takes the place of `rejection`.
+    """
+    scheme, own = SEVERAL[way]
+    drafter = multi_drafter(pool.pair.draft.config, num_speculative_tokens, drafts, scheme, **_settings(pool))
+    return _engine(pool, drafter, own if rule == "rejection" else rule, **shape)
 
 
 def online(

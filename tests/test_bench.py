@@ -7,12 +7,14 @@ import jax
 import numpy as np
 import pytest
 
+from decode import bench as measuring
 from decode import throughput
 from decode.bench import Bench, run
 from decode.figures import Ask, first_differences
 from decode.throughput import Throughput
 from jaxspec import router, serving, shift
 from jaxspec.adapters import Stacked
+from jaxspec.config import UserError
 from jaxspec.requests import Request
 from jaxspec.router import TRUNK
 from jaxspec.store.families import options
@@ -67,6 +69,7 @@ def test_the_json_has_its_fields(bench):
         assert bench["tasks"]["one"][name].keys() == bench["mean"][name].keys() == FIELDS
     assert bench["tasks"]["one"]["autoregressive"]["draft_accuracy"] is None
     assert bench["tasks"]["one"]["autoregressive"]["speedup_vs_autoregressive"] == 1.0
+    assert [bench["verified_nodes"][name] for name in ("routed", "multi-draft")] == [2, 4]
     assert sum(bench["choices"]["one"].values()) == 6 and all(
         said.endswith("K = 2") for said in bench["choices"]["one"]
     )
@@ -78,6 +81,12 @@ def test_the_json_has_its_fields(bench):
     assert sum(map(sum, counts)) == 6
     rate = lambda name: bench["mean"][name]["speedup_vs_autoregressive"]
     assert bench["router"]["regret"] == pytest.approx(1 - rate("routed") / rate("oracle"))  # one task, one pass
+
+
+@pytest.mark.parametrize(("drafts", "k"), [(0, 4), (5, 4)])
+def test_a_number_of_drafts_that_slots_have_no_room_for_is_told(drafts, k):
+    with pytest.raises(UserError, match=f"--drafts {drafts} at each of {k}"):
+        measuring._drafts(Bench(pool="", drafts=drafts), k)
 
 
 def knowing(pool, lengths, rounds=None, fastest=2, **facts):

@@ -47,6 +47,7 @@ METHODS = (
     "wrong",
     "oracle",
     "ngram",
+    "multi-draft",
     *ONLINE,
     *MERGED,
 )
