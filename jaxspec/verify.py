@@ -107,7 +107,8 @@ def in_sequence(draft: Draft, log_p: Array) -> Array:
     passes = jnp.minimum((p / jnp.maximum(rho * q, TINY))[:, draft.tokens], 1.0) * child
     left = jnp.cumprod(1 - passes, axis=1)
     before = jnp.concatenate([jnp.ones_like(left[:, :1]), left], axis=1)
-    return (before[:, :-1] * passes) @ chosen + before[:, -1:] * residual
+    kept = jnp.matmul(before[:, :-1] * passes, chosen, precision="highest")  # accelerators round products by default
+    return kept + before[:, -1:] * residual
 
 
 def k_seq_factor(p: Array, q: Array, number: Array) -> Array:
