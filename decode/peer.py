@@ -190,7 +190,8 @@ class Rounds:
         emitted = np.array(self.pieces[1:])
         drafted = np.array(self.widths) - [begin, *[1] * (len(self.widths) - 1)]
         blocks = np.stack([begin + np.cumsum(emitted) - emitted, drafted, emitted - 1], axis=1)
-        return counts(len(blocks), blocks, begin, end, num_nodes)
+        found = counts(len(blocks), blocks, begin, end, num_nodes, num_nodes=0, num_calls=0)
+        return found._replace(num_verified_nodes=drafted.sum(), num_drafter_calls=drafted.sum())
 
 
 def _place() -> str:

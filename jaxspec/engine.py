@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxspec.metrics import counts
 from jaxspec.recording import NOTHING, Recorder
-from jaxspec.requests import MAX_DRAFT, Completion, Request, as_prompt, as_sampling, as_tokens, bucket_of
+from jaxspec.requests import MAX_NODES, Completion, Request, as_prompt, as_sampling, as_tokens, bucket_of, slack
 from jaxspec.slots import Programs, Slots, empty_slots, programs
 from jaxspec.types import ONE_DEVICE, Drafter, Placement, Rule, SpecParams, Target
 from jaxspec.verify import greedy
@@ -144,15 +144,16 @@ class Engine:
         recorder: Recorder = NOTHING,
         placement: Placement = ONE_DEVICE,
     ):
-        if drafter.num_nodes > MAX_DRAFT:
+        if drafter.num_nodes > MAX_NODES:
             raise ValueError(
-                f"the drafter drafts {drafter.num_nodes} tokens a round, the slots have room for {MAX_DRAFT}"
+                f"the drafter drafts {drafter.num_nodes} tokens a round, the slots have room for {MAX_NODES}"
             )
         own = {"stop_tokens": stop_tokens, "recorder": recorder, "placement": placement}
         families = [{**(shorter if slots == 1 else {}), drafter.num_nodes: drafter}, *(further if slots == 1 else ())]
         self.families = [{k: programs(target, one, rule, **own) for k, one in family.items()} for family in families]
         self.programs = self.families[0][drafter.num_nodes]
         self.lengths = sorted({k for family in self.families for k in family})
+        self.slack = slack(max(self.lengths))
         self._place = placement.rows
         self.slots, self.room, self.vocab_size, self.smallest = slots, room, vocab_size, smallest
         self.admit_rows, self.sampled = min(admit_rows, slots), rule is not greedy
@@ -295,10 +296,12 @@ class Engine:
             row = rows.pop(slot)
             begin = len(row.request.ids)
             own = history.rounds[slot], history.blocks[slot]
+            program = self.families[row.family][row.num_speculative_tokens]
+            cost = {"num_nodes": program.num_nodes, "num_calls": program.num_calls}
             out[slot] = Completion(
                 ids=tokens[slot, begin:end].tolist(),
                 finish_reason=reason,
-                counts=counts(*own, begin, end, most),
+                counts=counts(*own, begin, end, most, **cost),
                 route=row.route,
                 num_speculative_tokens=row.num_speculative_tokens,
                 task=row.task,
@@ -368,9 +371,8 @@ class _Queue:
             self.ahead.append(item)
 
     def _check(self, request: Request) -> None:
-        need = max(
-            bucket_of(len(request.ids), self.engine.smallest), len(request.ids) + request.max_new_tokens + MAX_DRAFT + 1
-        )
+        own = len(request.ids)
+        need = max(bucket_of(own, self.engine.smallest), own + request.max_new_tokens + self.engine.slack)
         if need > self.engine.room:
             raise ValueError(
                 f"request {request.number} needs a room of {need} tokens, the slots have {self.engine.room}"

@@ -2,7 +2,10 @@
 
 Draft accuracy is accepted over drafted tokens where places past the row's end are not counted (TaskSpec's measure): not in
 its last block, and not in a block before it that reached over the end. The draft acceptance rate counts every block
-whole, as vLLM does. The end is known only when the row is done, so the device keeps the rounds and the host counts.
+whole, as vLLM does. Of a token tree, which has several tokens for a place and at most one of them accepted, both count
+the places, so that they say how far down the levels drafts were right; what it costs are nodes and calls, and the mean
+acceptance length compares it with chains. The end is known only when the row is done, so the device keeps the rounds and
+the host counts.
 """
 
 from collections.abc import Iterable
@@ -19,7 +22,8 @@ from jaxspec.types import SpecInfo
 class History(NamedTuple):
     """Rounds of each row.
 
-    rounds: `[B]` how many; blocks: `[B, L, 3]` where each began, how many tokens it drafted, and how many the rule accepted.
+    rounds: `[B]` how many; blocks: `[B, L, 3]` where each began, how many places it drafted for, and how many tokens the rule
+        accepted.
     """
 
     rounds: Array
@@ -33,6 +37,8 @@ class Counts(NamedTuple):
     num_draft_tokens, num_accepted_tokens: every block whole.
     num_emitted: tokens out.
     drafted_by_position, accepted_by_position: `[N]` by place in the block, up to the row's end.
+    num_verified_nodes: drafted nodes that the target scored, those among them that a row's limit left out.
+    num_drafter_calls: times that the drafter's weights were read, one after another.
     """
 
     num_drafts: int
@@ -41,6 +47,8 @@ class Counts(NamedTuple):
     num_emitted: int
     drafted_by_position: np.ndarray
     accepted_by_position: np.ndarray
+    num_verified_nodes: int
+    num_drafter_calls: int
 
 
 def no_history(rows: int, rounds: int) -> History:
@@ -57,17 +65,21 @@ def remember(history: History, info: SpecInfo) -> History:
     return History(history.rounds + alive, history.blocks.at[row, at].set(block, mode="drop"))
 
 
-def counts(rounds: int, blocks: np.ndarray, begin: int, end: int, num_nodes: int) -> Counts:
+def counts(
+    rounds: int, blocks: np.ndarray, begin: int, end: int, num_places: int, *, num_nodes: int, num_calls: int
+) -> Counts:
     """Counts of one row whose output takes the places from `begin` to `end`; on the host.
 
     Args:
         blocks: `[L, 3]` the row's history, of which `rounds` are real; rounds at or past `end` do not count.
+        num_places: N of what is counted by position; num_nodes, num_calls: of each round.
     """
     start, drafted, accepted = blocks[:rounds][blocks[:rounds, 0] < end].T
-    place = np.arange(num_nodes)
+    place = np.arange(num_places)
     reached = start[:, None] + place < end
     of = lambda number: ((place < number[:, None]) & reached).sum(0)
-    return Counts(len(start), drafted.sum(), accepted.sum(), end - begin, of(drafted), of(accepted))
+    whole = len(start), drafted.sum(), accepted.sum(), end - begin
+    return Counts(*whole, of(drafted), of(accepted), len(start) * num_nodes, len(start) * num_calls)
 
 
 def total(rows: Iterable[Counts]) -> Counts:
@@ -85,4 +97,6 @@ def measures(counts: Counts) -> dict:
         "draft_acceptance_rate": ratio(counts.num_accepted_tokens, counts.num_draft_tokens),
         "mean_acceptance_length": ratio(counts.num_emitted, counts.num_drafts),
         "acceptance_by_position": [ratio(a, counts.num_drafts) for a in accepted] if drafted.sum() else None,
+        "nodes_a_round": ratio(counts.num_verified_nodes, counts.num_drafts),
+        "drafter_calls_a_round": ratio(counts.num_drafter_calls, counts.num_drafts),
     }

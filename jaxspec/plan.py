@@ -207,7 +207,7 @@ def _params(target: LMConfig, draft: LMConfig, load: Load) -> SpecParams:
 
 def _buffers(load: Load) -> tuple[int, int]:
     bucket = bucket_of(load.prompt_tokens)
-    return bucket, room_of(bucket, load.max_new_tokens)
+    return bucket, room_of(bucket, load.max_new_tokens, load.num_speculative_tokens)
 
 
 def _scores(config: LMConfig, load: Load, rows: int, queries: int, mesh) -> int:

@@ -18,7 +18,10 @@ from jaxspec.sampling import row_key
 from jaxspec.types import Prompt, Sampling
 
 BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-MAX_DRAFT = 16  # slack in every buffer, so that programs of all draft lengths share one state
+MAX_DRAFT = (
+    16  # tokens of the longest chain; every buffer has slack for it, so that chains of all lengths share one state
+)
+MAX_NODES = 64  # of the largest tree
 # What a prompt's settings may be: their types, whether a value holds, and how a person says it.
 SETTINGS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     "max_new_tokens": ((int,), lambda x: x >= 1, "a whole number from 1"),
@@ -49,7 +52,7 @@ class Request:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    draft_limit: int = MAX_DRAFT
+    draft_limit: int = MAX_NODES
     route: int | None = None
     num_speculative_tokens: int | None = None
 
@@ -87,9 +90,14 @@ def bucket_of(length: int, smallest: int = BUCKETS[0]) -> int:
     return next((size for size in BUCKETS if size >= need), -(-need // BUCKETS[-1]) * BUCKETS[-1])
 
 
-def room_of(bucket: int, max_new_tokens: int) -> int:
+def slack(num_nodes: int = MAX_DRAFT) -> int:
+    """Tokens of a slot that the window behind a text may take, whatever it drafts up to the longest chain or so many nodes."""
+    return max(num_nodes, MAX_DRAFT) + 1
+
+
+def room_of(bucket: int, max_new_tokens: int, num_nodes: int = MAX_DRAFT) -> int:
     """Tokens that a slot holds: prompt, budget and slack, so that no write can ever be clamped."""
-    return -(-(bucket + max_new_tokens + MAX_DRAFT + 1) // 16) * 16
+    return -(-(bucket + max_new_tokens + slack(num_nodes)) // 16) * 16
 
 
 def as_prompt(requests: Sequence[Request], rows: int, bucket: int, routes: Sequence[int]) -> Prompt:

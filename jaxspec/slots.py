@@ -26,7 +26,7 @@ class Slots(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """The jitted programs of one way of decoding; nothing is compiled before it is called.
+    """The jitted programs of one way of decoding, see `Drafter` for its numbers; nothing is compiled before it is called.
 
     prefill: (target params, tokens `[R, P]`, length `[R]`) -> (target state, features `[R, H]`).
     admit: (params, slots, prompt, target state, sampling, where `[R]`) -> slots; a row whose `where` is B is dropped.
@@ -35,6 +35,7 @@ class Programs(NamedTuple):
     """
 
     num_nodes: int
+    num_calls: int
     prefill: Callable
     admit: Callable
     chunk: Callable
@@ -75,7 +76,7 @@ def programs(
         return placement.state(slots._replace(spec=slots.spec._replace(done=slots.spec.done | ended)))
 
     jitted = (jax.jit(f, donate_argnums=at) for f, at in ((prefill, ()), (admit, 1), (chunk, 1), (halt, 0)))
-    return Programs(drafter.num_nodes, *jitted)
+    return Programs(drafter.num_nodes, drafter.num_calls, *jitted)
 
 
 def empty_slots(

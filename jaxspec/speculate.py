@@ -13,7 +13,7 @@ from jax import Array
 
 from jaxspec.sampling import DRAFT
 from jaxspec.types import Draft, Drafter, Prompt, Rule, SpecInfo, SpecParams, SpecState, Speculator, Target, Verdict
-from jaxspec.verify import walk, window_noise
+from jaxspec.verify import places, walk, window_noise
 
 
 def speculator(target: Target, drafter: Drafter, rule: Rule, *, stop_tokens: Sequence[int]) -> Speculator:
@@ -62,7 +62,8 @@ def speculator(target: Target, drafter: Drafter, rule: Rule, *, stop_tokens: Seq
             target_state = target.commit(target_state, verdict, draft.parents)
             following = _emit(state, verdict, stopped)._replace(target=target_state, drafter=committed)
         accepted = jnp.where(state.done, 0, full.num_accepted)
-        info = SpecInfo(draft, scores, verdict, state.length, draft.num_drafted, accepted, drafter_state)
+        drafted = jax.vmap(places)(draft)
+        info = SpecInfo(draft, scores, verdict, state.length, drafted, accepted, drafter_state)
         return following, info
 
     return Speculator(drafter.num_nodes, init, step)

@@ -2,13 +2,13 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxspec.ancestry import ancestry, depths
 from jaxspec.attention import Attend, dense
 from jaxspec.sampling import log_probs
-from jaxspec.transformer import Cache, LMConfig, extend, prefill, unembed
+from jaxspec.transformer import Cache, LMConfig, compact, extend, prefill, unembed
 from jaxspec.types import Prompt, Scores, Target
 
 
@@ -28,9 +28,9 @@ def lm_target(config: LMConfig, dtype=jnp.float32, vocab_size: int | None = None
         return LMState(cache, prompt.length - 1), features[..., : config.feature_width]
 
     def score(params, state: LMState, window, parents, sampling):
-        depth, visible = (None, None) if parents is None else tree_shape(parents)
-        shape = {"depth": depth, "visible": visible, "attend": attend}
-        features, cache = extend(config, params, state.cache, window, state.length, **shape)
+        visible = None if parents is None else ancestry(parents)
+        shape = {} if visible is None else {"depth": depths(visible), "visible": visible}
+        features, cache = extend(config, params, state.cache, window, state.length, attend=attend, **shape)
         logits = unembed(config, params, features, vocab_size)
         return Scores(log_probs(logits, sampling), logits, features[..., : config.feature_width]), state._replace(
             cache=cache
@@ -41,30 +41,3 @@ def lm_target(config: LMConfig, dtype=jnp.float32, vocab_size: int | None = None
         return LMState(cache, state.length + verdict.num_emitted)
 
     return Target(init, score, commit)
-
-
-def tree_shape(parents: Array) -> tuple[Array, Array]:
-    """Depth `[B, W]` and mutual visibility `[B, W, W]` of a window whose nodes hang on `parents [B, N]`."""
-    batch, nodes = parents.shape
-    width = nodes + 1
-    up = jnp.concatenate([jnp.zeros((batch, 1), parents.dtype), parents], axis=1)
-
-    def climb(carry, _):
-        at, seen, depth = carry
-        seen = seen | (jnp.arange(width) == at[..., None])
-        depth = depth + (at > 0)
-        return (jnp.take_along_axis(up, at, 1), seen, depth), None
-
-    at = jnp.broadcast_to(jnp.arange(width), (batch, width))
-    start = (at, jnp.zeros((batch, width, width), bool), jnp.zeros((batch, width), jnp.int32))
-    (_, seen, depth), _ = jax.lax.scan(climb, start, length=width)
-    return depth, seen | (jnp.arange(width) == 0)
-
-
-def compact(cache: Cache, start: Array, path: Array) -> Cache:
-    """Moves the window rows on `path [B, W]` to the slots right behind `start [B]`."""
-
-    def gather(row, at, steps):
-        return jax.lax.dynamic_update_slice(row, row[:, at + steps], (0, at, 0))
-
-    return jax.tree.map(lambda leaf: jax.vmap(gather)(leaf, start, path), cache)

@@ -114,6 +114,15 @@ def empty_cache(config: LMConfig, batch: int, slots: int, dtype=jnp.float32) -> 
     return Cache(zeros(), zeros())
 
 
+def compact(cache: Cache, start: Array, path: Array) -> Cache:
+    """Moves the slots `start + path [B, T]` of each row to those right behind `start [B]`."""
+
+    def gather(row, at, steps):
+        return jax.lax.dynamic_update_slice(row, row[:, at + steps], (0, at, 0))
+
+    return jax.tree.map(lambda leaf: jax.vmap(gather)(leaf, start, path), cache)
+
+
 def forward(
     config: LMConfig, params: dict, tokens: Array, *, segments: Array | None = None, adapter: Adapter | None = None
 ) -> Array:
@@ -165,6 +174,7 @@ def extend(
     *,
     depth: Array | None = None,
     visible: Array | None = None,
+    origin: Array | None = None,
     adapter: Adapter | None = None,
     attend: Attend = dense,
 ) -> tuple[Array, Cache]:
@@ -173,26 +183,27 @@ def extend(
     Args:
         tokens: `[B, T]` the window.
         start: `[B]` tokens already cached; the window takes slots start..start+T-1, which must exist.
-        depth: `[B, T]` position of each window row after `start`; None for a chain, 0..T-1.
-        visible: `[B, T, T]` which window rows each row sees; None for a chain, all up to itself.
+        depth: `[B, M]` position after `origin` of what stands in each of the M slots from there on; None for a chain.
+        visible: `[B, T, M]` which of those slots each window row sees, beside all before them; None for a chain, which sees
+            all up to itself.
+        origin: `[B]` first of the M slots, which hold the window too; None is `start`, and M is T.
         adapter: rows' own low-rank updates, or None.
         attend: how a chain attends; what is no chain takes `dense`.
     """
-    width = tokens.shape[1]
-    row = jnp.arange(width)
-    positions = start[:, None] + (row[None] if depth is None else depth)
     slot = jnp.arange(cache.slots)[None, None]
-    begin = start[:, None, None]
-    if visible is None:
+    if depth is None or visible is None:
+        positions = start[:, None] + jnp.arange(tokens.shape[1])
         mask = slot <= positions[:, :, None]
         key_positions = jnp.broadcast_to(slot[0], (tokens.shape[0], cache.slots))
     else:
-        inside = (slot >= begin) & (slot < begin + width)
-        offset = jnp.clip(slot - begin, 0, width - 1)
-        mask = (slot < begin) | (
-            inside & jnp.take_along_axis(visible, jnp.broadcast_to(offset, (*tokens.shape, cache.slots)), 2)
-        )
-        own = jnp.take_along_axis(positions, offset[:, 0], 1)
+        origin, number = start if origin is None else origin, visible.shape[2]
+        positions = origin[:, None] + jax.vmap(_cut, (0, 0, None))(depth, start - origin, tokens.shape[1])
+        begin = origin[:, None, None]
+        inside = (slot >= begin) & (slot < begin + number)
+        offset = jnp.clip(slot - begin, 0, number - 1)
+        seen = jnp.take_along_axis(visible, jnp.broadcast_to(offset, (*tokens.shape, cache.slots)), 2)
+        mask = (slot < begin) | (inside & seen)
+        own = origin[:, None] + jnp.take_along_axis(depth, offset[:, 0], 1)
         key_positions, attend = jnp.where(inside[:, 0], own, slot[0]), dense
     return _decoder(config, params, attend)(tokens, positions, key_positions, mask, cache, start, adapter)
 
@@ -258,6 +269,10 @@ def _product(x: Array, kernel: Array, width_out: int, dtype=None) -> Array:
     repeated = jnp.broadcast_to(rows, (len(kernel), *rows.shape))
     y = jnp.matmul(repeated, kernel, preferred_element_type=dtype)
     return jnp.moveaxis(y, 0, 1).reshape(*x.shape[:-1], -1)[..., :width_out]
+
+
+def _cut(row: Array, at: Array, number: int) -> Array:
+    return jax.lax.dynamic_slice(row, (at,), (number,))
 
 
 def _look_up(table: Array, tokens: Array) -> Array:

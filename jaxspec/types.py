@@ -59,9 +59,9 @@ class Draft(NamedTuple):
     """What a drafter proposes for one round.
 
     tokens: `[B, N]` proposed tokens.
-    num_drafted: `[B]` how many of them count, 0..N.
+    num_drafted: `[B]` how many of them count, 0..N: the first, among which a node's parent must be.
     log_q: `[B, N, V]` distribution that each was drawn from; None when the proposal is deterministic.
-    parents: `[B, N]` window row of each node's parent; None for a chain.
+    parents: `[B, N]` window row of each node's parent, which stands before it; None for a chain.
     """
 
     tokens: Array
@@ -107,12 +107,14 @@ class Drafter(NamedTuple):
         Python or a traced int, gives the `[B]` keys to draw the token with that lies `step` places after the last one,
         0..N - 1. The rule in force makes them; a drafter that draws with them suits every rule.
     commit: (params, state, verdict, scores) -> state, rewound to what was emitted.
+    num_calls: times that a round reads the drafter's weights, one after another.
     """
 
     num_nodes: int
     init: Callable[..., State]
     propose: Callable[..., tuple[Draft, State]]
     commit: Callable[..., State]
+    num_calls: int = 0
 
 
 class Rule(NamedTuple):
@@ -178,7 +180,7 @@ class SpecInfo(NamedTuple):
 
     draft, scores, verdict: the parts, the verdict cut at stops and budgets.
     start: `[B]` length before the round.
-    num_drafted: `[B]` drafted tokens, 0 for a finished row.
+    num_drafted: `[B]` places that were drafted for, a chain's tokens or a tree's levels; 0 for a finished row.
     num_accepted: `[B]` accepted tokens, whether or not a stop cut them off.
     drafter: the drafter's state with which it proposed.
     """

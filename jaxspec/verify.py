@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxspec import ancestry
 from jaxspec.sampling import VERIFY, draw, of_the_round, of_the_token
 from jaxspec.types import Draft, Rule, Verdict
 
@@ -28,8 +29,8 @@ def targets_own(draft: Draft, log_p: Array) -> Array:
 def p_over_q(draft: Draft, log_p: Array) -> Array:
     """Keeps a drafted token with probability min(1, p/q), else draws from the residual max(p - q, 0).
 
-    Source: Leviathan et al. 2023, https://arxiv.org/abs/2211.17192. Exact for every drafter, and for chains only: it
-    tries one draft a row.
+    Source: Leviathan et al. 2023, https://arxiv.org/abs/2211.17192. Exact for every drafter. It tries one draft a row, so
+    that of trees it takes those without q: there rejecting child after child leaves the target's own law, which is it.
 
     Args:
         draft: one row's `tokens [N]`, `num_drafted []`, `log_q [N, V]` or None for a deterministic proposal.
@@ -39,7 +40,11 @@ def p_over_q(draft: Draft, log_p: Array) -> Array:
         `[W, V]` law of the token emitted after each row; rows past `num_drafted` follow p itself.
     """
     if draft.parents is not None:
-        raise ValueError("rejection is exact for chains, this draft has parents; verify trees with greedy or gumbel")
+        if draft.log_q is not None:
+            raise ValueError(
+                "p/q rejection tries one draft a row, this one has parents and q; drop q or take another rule"
+            )
+        return targets_own(draft, log_p)
     num_nodes, vocab = draft.tokens.shape[0], log_p.shape[-1]
     chosen = jax.nn.one_hot(draft.tokens, vocab)
     q = chosen if draft.log_q is None else jnp.exp(draft.log_q)
@@ -170,10 +175,14 @@ def depths(draft: Draft) -> Array:
     width = draft.tokens.shape[0] + 1
     if draft.parents is None:
         return jnp.arange(width)
-    up = jnp.concatenate([jnp.zeros(1, draft.parents.dtype), draft.parents])
-    climb = lambda carry, _: ((up[carry[0]], carry[1] + (carry[0] > 0)), None)
-    (_, depth), _ = jax.lax.scan(climb, (jnp.arange(width), jnp.zeros(width, int)), length=draft.tokens.shape[0])
-    return depth
+    return ancestry.depths(ancestry.ancestry(draft.parents))
+
+
+def places(draft: Draft) -> Array:
+    """How many places behind the last token one row's draft speaks of: a chain's tokens, a tree's levels."""
+    if draft.parents is None:
+        return draft.num_drafted
+    return jnp.max(jnp.where(jnp.arange(draft.tokens.shape[0] + 1) <= draft.num_drafted, depths(draft), 0))
 
 
 def walk(noise: Array | None, draft: Draft, law: Array) -> Verdict:
@@ -191,7 +200,7 @@ def walk(noise: Array | None, draft: Draft, law: Array) -> Verdict:
     drawn = drawn.astype(jnp.int32)
     if draft.parents is None:
         return _walk_chain(draft, drawn)
-    return _walk_tree(draft, drawn)
+    return _walk_tree(draft, draft.parents, drawn)
 
 
 def _nodes(draft: Draft, vocab: int) -> tuple[Array, Array, Array]:
@@ -227,15 +236,14 @@ def _walk_chain(draft: Draft, drawn: Array) -> Verdict:
     return Verdict(drawn, accepted + 1, accepted, jnp.arange(drawn.shape[0], dtype=jnp.int32))
 
 
-def _walk_tree(draft: Draft, drawn: Array) -> Verdict:
+def _walk_tree(draft: Draft, parents: Array, drawn: Array) -> Verdict:
     row, node = jnp.arange(drawn.shape[0])[:, None], jnp.arange(draft.tokens.shape[0])
-    child = (draft.parents == row) & (draft.tokens == drawn[:, None]) & (node < draft.num_drafted)
-    following = jnp.where(child.any(1), 1 + jnp.argmax(child, axis=1), -1)
-
-    def descend(at, _):
-        return jnp.where(at < 0, -1, following[at]), at
-
-    _, path = jax.lax.scan(descend, jnp.int32(0), length=drawn.shape[0])
-    emitted = jnp.sum(path >= 0).astype(jnp.int32)
-    path = jnp.maximum(path, 0).astype(jnp.int32)
-    return Verdict(drawn[path], emitted, emitted - 1, path)
+    child = (parents == row) & (draft.tokens == drawn[:, None]) & (node < draft.num_drafted)
+    following = jnp.where(child.any(1), 1 + jnp.argmax(child, axis=1), 0)
+    followed = jnp.concatenate([jnp.ones(1, bool), following[parents] == node + 1])
+    lineage = ancestry.ancestry(parents)
+    walked = (followed | ~lineage).all(1)
+    accepted = jnp.sum(walked).astype(jnp.int32) - 1
+    # Of the rows walked each has a depth of its own, which is its place on the path.
+    path = jnp.argmax(walked & (ancestry.depths(lineage) == row), axis=1).astype(jnp.int32)
+    return Verdict(drawn[path], accepted + 1, accepted, path)

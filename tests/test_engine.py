@@ -28,7 +28,7 @@ from jaxspec.adapters import init_bank
 from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
-from jaxspec.requests import MAX_DRAFT, Request, room_of
+from jaxspec.requests import MAX_DRAFT, MAX_NODES, Request, room_of
 from jaxspec.slots import pool_features
 from jaxspec.target import lm_target
 from jaxspec.transformer import forward, unembed
@@ -279,5 +279,5 @@ def test_a_request_that_does_not_fit_is_refused_and_the_engine_goes_on():
 
 
 def test_a_drafter_that_drafts_more_than_the_slack_is_refused():
-    with pytest.raises(ValueError, match=f"drafts {MAX_DRAFT + 1} tokens a round"):
-        programs(TARGET, MAX_DRAFT + 1)
+    with pytest.raises(ValueError, match=f"drafts {MAX_NODES + 1} tokens a round"):
+        programs(TARGET, MAX_NODES + 1)

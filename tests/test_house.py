@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "jaxspec"
 ALLOWED = {
     "types": set(),
+    "ancestry": set(),
     "config": set(),
     "metrics": {"types"},
     "sampling": {"types"},
@@ -19,8 +20,8 @@ ALLOWED = {
     "attention": set(),
     "transformer": {"adapters", "attention"},
     "encoder": set(),
-    "verify": {"types", "sampling"},
-    "target": {"types", "attention", "sampling", "transformer"},
+    "verify": {"types", "ancestry", "sampling"},
+    "target": {"types", "ancestry", "attention", "sampling", "transformer"},
     "multidraft": set(),
     "drafters": {
         "types",

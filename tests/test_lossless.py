@@ -140,7 +140,8 @@ def test_sampled_chains_leave_the_targets_law(k, setting):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("parents", TREES, ids=str)
-def test_every_tree_leaves_the_targets_law(parents, setting):
+@pytest.mark.parametrize("law", LAWS)
+def test_every_tree_leaves_the_targets_law(law, parents, setting):
     """Siblings alike included: the first of them is followed."""
     nodes = len(parents)
     for vocab in (2, 3, 4) if nodes < 4 else (2, 3):
@@ -148,13 +149,13 @@ def test_every_tree_leaves_the_targets_law(parents, setting):
         expected = likelihoods(p, texts(vocab, nodes + 1)).prod(1)
         for num_drafted in range(nodes + 1):
             draft = every_draft(vocab, nodes, parents, num_drafted)
-            found = emitted(verify.targets_own, draft, p, parents, num_drafted)
+            found = emitted(LAWS[law], draft, p, parents, num_drafted)
             np.testing.assert_allclose(found, np.broadcast_to(expected, found.shape), atol=1e-6)
 
 
-def test_rejection_says_that_it_is_for_chains():
-    tree = Draft(jnp.array([1, 2]), jnp.int32(2), None, jnp.array([0, 0]))
-    with pytest.raises(ValueError, match="chains"):
+def test_rejection_says_that_it_tries_one_sampled_draft_a_row():
+    tree = Draft(jnp.array([1, 2]), jnp.int32(2), jnp.zeros((2, 4)), jnp.array([0, 0]))
+    with pytest.raises(ValueError, match="one draft a row, this one has parents and q"):
         verify.rejection.law(tree, jnp.zeros((3, 4)))
 
 

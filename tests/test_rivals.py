@@ -212,7 +212,7 @@ def test_regret_is_against_the_oracle_and_against_the_best_of_each_task(loaded):
     seconds = {"routed": [2.0, 4.0], "oracle": [1.0, 5.0], "base": [4.0, 1.0], "chosen": [0.1, 0.1]}
     request = Request(ids=(1,), max_new_tokens=8)
     asks = [Ask(Line("a", [], None, task, {}, ""), request, task, 0) for task in ("one", "two")]
-    counts = Counts(8, 0, 0, 8, np.zeros(2), np.zeros(2))
+    counts = Counts(8, 0, 0, 8, np.zeros(2), np.zeros(2), 0, 0)
     done = Completion([7] * 8, "length", counts, 0, 2, 0, 1.0, np.zeros(1), None)
     passes = [{name: [Result([i], [done], Seconds(own[i])) for i in (0, 1)] for name, own in seconds.items()}]
     figures = router_figures(loaded, asks, passes, ["routed", "oracle", "base"])

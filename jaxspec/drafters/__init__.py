@@ -5,3 +5,4 @@ from jaxspec.drafters.lm import lm_drafter as lm_drafter
 from jaxspec.drafters.multi import multi_drafter as multi_drafter
 from jaxspec.drafters.ngram import ngram_drafter as ngram_drafter
 from jaxspec.drafters.silent import silent_drafter as silent_drafter
+from jaxspec.drafters.tree import tree_drafter as tree_drafter

@@ -114,7 +114,7 @@ def hedged(
         log_p = place(state.log_p, emitted, state.length - state.scored, real)
         return state._replace(log_p=log_p, length=state.length + verdict.num_emitted)
 
-    return Drafter(num_speculative_tokens, init, propose, commit)
+    return Drafter(num_speculative_tokens, init, propose, commit, num_speculative_tokens)
 
 
 def prior(choice: Array, num_drafters: int) -> Array:

@@ -32,6 +32,14 @@ class LMDrafterState(NamedTuple):
     adapter: Adapter | None
 
 
+class Branches(NamedTuple):
+    """Which slots the rows of a window see, and where they stand: `depth`, `visible` and `origin` of `transformer.extend`."""
+
+    depth: Array
+    visible: Array
+    origin: Array
+
+
 def lm_drafter(
     config: LMConfig,
     num_speculative_tokens: int,
@@ -43,13 +51,10 @@ def lm_drafter(
     """Drafts a chain with a language model; `vocab_size` is the target's, where the two are padded differently."""
 
     def init(params: LMDrafterParams, prompt: Prompt, slots: int) -> LMDrafterState:
-        adapter = None if params.bank is None else select(params.bank, prompt.route)
-        read = lambda weights, own, *rows: prefill(config, weights, *rows, slots=slots, dtype=dtype, adapter=own)[1]
-        cache = _by_row(read, params, adapter, prompt.tokens, prompt.length)
-        return LMDrafterState(cache, prompt.length, adapter)
+        return begin(config, params, prompt, slots, dtype)
 
     def propose(params: LMDrafterParams, state: LMDrafterState, tokens, length, noise, sampling):
-        read, say = halves(config, params, state.adapter, vocab_size, attend)
+        read, say = model(config, params, state.adapter, vocab_size=vocab_size, attend=attend)
         draft, cache = chain(read, say, num_speculative_tokens, state.cache, tokens, length, noise, sampling)
         return draft, state._replace(cache=cache)
 
@@ -57,20 +62,47 @@ def lm_drafter(
         del params, scores
         return state._replace(length=state.length + verdict.num_emitted)
 
-    return Drafter(num_speculative_tokens, init, propose, commit)
+    return Drafter(num_speculative_tokens, init, propose, commit, num_speculative_tokens)
 
 
-def halves(
-    config: LMConfig, params: LMDrafterParams, adapter: Adapter | None, vocab_size: int | None, attend: Attend
+def begin(config: LMConfig, params: LMDrafterParams, prompt: Prompt, slots: int, dtype: Any) -> LMDrafterState:
+    """Reads the prompts, each row with its own adapter, into caches of `slots` positions."""
+    adapter = None if params.bank is None else select(params.bank, prompt.route)
+    read = lambda weights, own, *rows: prefill(config, weights, *rows, slots=slots, dtype=dtype, adapter=own)[1]
+    cache = _by_row(read, params, adapter, prompt.tokens, prompt.length)
+    return LMDrafterState(cache, prompt.length, adapter)
+
+
+def model(
+    config: LMConfig,
+    params: LMDrafterParams,
+    adapter: Adapter | None,
+    *,
+    vocab_size: int | None = None,
+    attend: Attend = dense,
 ) -> tuple[Callable, Callable]:
-    """The model of rows with these adapters in two: `read`, as `transformer.extend`, and `say`, hidden states to logits."""
+    """`read` and `say` of `chain`, each row with its own adapter; `read` takes `Branches` too, where a window is no chain."""
 
-    def read(cache: Cache, window: Array, start: Array) -> tuple[Array, Cache]:
-        one = lambda weights, adapter, *own: extend(config, weights, *own, adapter=adapter, attend=attend)
-        return _by_row(one, params, adapter, cache, window, start)
+    def one(weights, own, cache: Cache, window: Array, start: Array, branches: Branches | None):
+        tree = {} if branches is None else branches._asdict()
+        return extend(config, weights, cache, window, start, adapter=own, attend=attend, **tree)
+
+    read = lambda cache, window, start, branches=None: _by_row(one, params, adapter, cache, window, start, branches)
 
     logits = lambda weights, _, hidden: unembed(config, weights, hidden, vocab_size)
     return read, lambda hidden: _by_row(logits, params, adapter, hidden)
+
+
+def opening(read: Callable, cache: Cache, tokens: Array, length: Array) -> tuple[Array, Cache]:
+    """What the model makes of a row's last token, `[B, H]`, and the cache with the last two tokens in it.
+
+    After a round whose last token but one was drafted and never read, that one is not cached yet; otherwise it is written
+    again with what it was.
+    """
+    start = jnp.maximum(length - 2, 0)
+    last_two = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (2,)))(tokens, start)
+    hidden, cache = read(cache, last_two, start)
+    return jnp.take_along_axis(hidden, (length - 1 - start)[:, None, None], axis=1)[:, 0], cache
 
 
 def chain(
@@ -79,7 +111,7 @@ def chain(
     """Drafts `number` tokens one after another: the draft, and the cache with them in it.
 
     Args:
-        read, say: as of `halves`.
+        read, say: as of `model`.
     """
 
     def choose(hidden: Array, step: Array) -> tuple[Array, Any]:
@@ -99,9 +131,8 @@ def follow(
 ) -> tuple[Any, Cache]:
     """Reads on from a text along the tokens that `choose` goes on with: what it said `[B, number, ...]`, and the cache.
 
-    The round opens with a window of the last two tokens: after a fully accepted block the newest but one is not cached
-    yet, otherwise it is written again with what it was. So commit only counts, and K tokens cost K calls. Where two columns
-    are cheaper than one, a call reads the token before its own again, too.
+    The round opens with a window of the last two tokens, see `opening`. So commit only counts, and K tokens cost K calls.
+    Where two columns are cheaper than one, a call reads the token before its own again, too.
 
     Args:
         read: (cache, window `[B, T]`, start `[B]`) -> hidden states `[B, T, H]` and the cache, as `transformer.extend`.
@@ -117,10 +148,7 @@ def follow(
         following, said = choose(hidden[:, -1], step)
         return (cache, token, following, at + 1), said
 
-    start = jnp.maximum(length - 2, 0)
-    opening = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (2,)))(tokens, start)
-    hidden, cache = read(cache, opening, start)
-    last = jnp.take_along_axis(hidden, (length - 1 - start)[:, None, None], axis=1)[:, 0]
+    last, cache = opening(read, cache, tokens, length)
     token, said = choose(last, 0)
     before = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
     (cache, *_), rest = jax.lax.scan(go_on, (cache, before, token, length), jnp.arange(1, number))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxspec.attention import Attend, dense
-from jaxspec.drafters.lm import LMDrafterParams, LMDrafterState, follow, halves, lm_drafter
+from jaxspec.drafters.lm import LMDrafterParams, LMDrafterState, follow, lm_drafter, model
 from jaxspec.multidraft import SCHEMES
 from jaxspec.sampling import log_probs
 from jaxspec.transformer import LMConfig
@@ -43,7 +43,7 @@ def multi_drafter(
     nodes = num_speculative_tokens * drafts
 
     def propose(params: LMDrafterParams, state: LMDrafterState, tokens: Array, length: Array, noise, sampling):
-        read, say = halves(config, params, state.adapter, vocab_size, attend)
+        read, say = model(config, params, state.adapter, vocab_size=vocab_size, attend=attend)
 
         def choose(hidden: Array, step: Array) -> tuple[Array, Any]:
             logits = say(hidden)
@@ -59,7 +59,7 @@ def multi_drafter(
         parents = jnp.broadcast_to(first_goes_on(num_speculative_tokens, drafts), drafted.shape)
         return Draft(drafted, jnp.full(length.shape, nodes, jnp.int32), log_q, parents), state._replace(cache=cache)
 
-    return Drafter(nodes, alone.init, propose, alone.commit)
+    return Drafter(nodes, alone.init, propose, alone.commit, num_speculative_tokens)
 
 
 def first_goes_on(depth: int, drafts: int) -> Array:
