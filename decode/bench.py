@@ -27,8 +27,9 @@ from decode.figures import Ask, Pass, Result, choices, cluster_figures, figures,
 from decode.rivals import Contender
 from jaxspec import serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
+from jaxspec.drafters.tree import met
 from jaxspec.engine import Engine, Method, Seconds
-from jaxspec.requests import MAX_DRAFT, Completion, Request, bucket_of, room_of
+from jaxspec.requests import MAX_DRAFT, MAX_NODES, Completion, Request, bucket_of, room_of
 from jaxspec.router import TRUNK
 from jaxspec.store.families import options
 from jaxspec.store.models import encode
@@ -56,10 +57,11 @@ class Bench:
     json: str = ""
     """File for the results."""
     methods: tuple[str, ...] = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "oracle")
-    """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram, multi-draft, online, online-wrong:
+    """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram, tree, multi-draft, online, online-wrong:
     `routed` drafts with the drafter of the prompt's task, `chosen` with the drafter and, one prompt at a time, the draft
-    length that promise the most, `ngram` with what followed in the text before, `multi-draft` as routed with several drafts
-    of every place; `online` begins as routed and `online-wrong` with a wrong drafter,
+    length that promise the most, `ngram` with what followed in the text before, `tree` as routed, token trees of `nodes` and
+    `depth` in place of chains, `multi-draft` as routed with several drafts of every place; `online` begins as routed and
+    `online-wrong` with a wrong drafter,
     and both change it within the text for the one that the target agrees with; merged-average, merged-awd, merged-doge, once
     `train.extras` has made them; and what `train.adopt` has added; NAME/METHOD is a rival's method."""
     rivals: tuple[str, ...] = ()
@@ -78,6 +80,12 @@ class Bench:
     """Longest completion, in tokens."""
     num_speculative_tokens: int | None = None
     """Tokens drafted a round; None is what calibration chose, for each pool its own."""
+    nodes: int = 16
+    """Tokens of a tree that are verified a round, for `tree`."""
+    depth: int = 6
+    """Levels of a tree, of which each costs a call of the drafter."""
+    beam: int = 4
+    """Nodes of a level of a tree that are expanded, and children that each of them is given."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     acceptance: Literal["rejection", "gumbel"] = "rejection"
@@ -162,7 +170,6 @@ def measure(prepared: Prepared) -> tuple[dict, list[Pass]]:
     narrow = work.texts(one_wide()) if parity and width != 1 else None
     bench = {
         **_conditions(config, pool, width),
-        "verified_nodes": {name: max(engine.lengths) for name, engine in engines.items()},
         **figures(pool, asks, passes, parity, narrow),
         **_of_routing(contenders[0], passes, engines),
         "clusters": cluster_figures(pool),
@@ -271,8 +278,23 @@ def _check(config: Bench) -> None:
     if config.lengths and (not config.widen or config.num_speculative_tokens is not None):
         raise UserError("--lengths goes with --widen, and without --num-speculative-tokens; remove it")
     widened.check_lengths(config.lengths)
+    if _has_trees(config):
+        _check_tree(config)
     if config.json and not Path(config.json).absolute().parent.is_dir():
         raise UserError(f"--json {config.json}: its folder does not exist; make it first")
+
+
+def _has_trees(config: Bench) -> bool:
+    return any(method.rpartition("/")[2] == "tree" for method in config.methods)
+
+
+def _check_tree(config: Bench) -> None:
+    if not (1 <= config.nodes <= MAX_NODES and config.depth >= 1 and config.beam >= 1):
+        said = f"--nodes {config.nodes} --depth {config.depth} --beam {config.beam}"
+        raise UserError(f"{said} will not do; give 1 to {MAX_NODES} nodes, and a depth and a beam from 1")
+    if config.nodes > met(config.depth, config.beam):
+        said = f"a --beam of {config.beam} and --depth {config.depth} meet {met(config.depth, config.beam)} tokens"
+        raise UserError(f"{said}, too few for --nodes {config.nodes}; raise beam or depth, or ask for fewer nodes")
 
 
 def _rule(config: Bench) -> str:
@@ -363,7 +385,7 @@ def _batches(asks: Sequence[Ask], config: Bench):
 
 def _shape(config: Bench, asks: Sequence[Ask]) -> dict:
     longest = max(bucket_of(len(ask.request.ids), config.smallest_bucket) for ask in asks)
-    room = room_of(longest, config.max_new_tokens)
+    room = room_of(longest, config.max_new_tokens, config.nodes if _has_trees(config) else 0)
     return {"slots": config.batch, "room": room, "admit_rows": config.admit_rows, "smallest": config.smallest_bucket}
 
 
@@ -382,6 +404,7 @@ def _methods(config: Bench, contender: Contender) -> dict[str, Chosen]:
     by_router = {
         "routed": lambda: serving.routed(pool, config.batch),
         "multi-draft": lambda: serving.routed(pool, config.batch),
+        "tree": lambda: serving.routed(pool, config.batch),
         "chosen": lambda: serving.chosen(pool, config.batch, among),
     }
     made = {}
@@ -408,6 +431,7 @@ def _engines(config: Bench, contender: Contender, rule: str, shape: dict) -> dic
         "chosen": lambda: serving.choosing(pool, among.families, rule, **shape),
         "ngram": lambda: serving.looking_up(pool, k, rule, **shape),
         "multi-draft": lambda: serving.several(pool, k, _drafts(config, k), config.several, rule, **shape),
+        "tree": lambda: serving.branching(pool, config.nodes, rule, depth=config.depth, beam=config.beam, **shape),
         **dict.fromkeys(ONLINE, online),
     }
     spec = serving.speculative(pool, k, rule, **shape)
@@ -452,6 +476,7 @@ def _conditions(config: Bench, pool: Pool, width: int) -> dict:
         "commit": _commit(),
         "target": widened.name_of(pool, config.widen),
         **_of_pool(config, pool),
+        "tree": {name: getattr(config, name) for name in ("nodes", "depth", "beam")} if _has_trees(config) else None,
         "autoregressive_width": width,
         "max_new_tokens": config.max_new_tokens,
         "passes": config.passes,
@@ -518,6 +543,10 @@ def _print(bench: dict) -> None:
             for name in names[1:]
         ]
         print(f"| {task} | " + " | ".join(cells) + " |")
+    if bench["tree"]:
+        of = lambda row: [row[f] for f in ("mean_acceptance_length", "nodes_a_round", "drafter_calls_a_round")]
+        costs = (f"{name} {{:.2f}} ({{:g}}, {{:g}})".format(*of(bench["mean"][name])) for name in names[1:])
+        print(f"tokens a target call (nodes verified, drafter calls): {', '.join(costs)}")
     if bench["mean"][names[-1]]["equal_to_autoregressive"] is not None:
         least = min(bench["tasks"][task][name]["equal_to_autoregressive"] for task in bench["tasks"] for name in names)
         print(f"equal to autoregressive decoding through the same program: {least:.4f} at least")

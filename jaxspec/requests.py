@@ -18,9 +18,7 @@ from jaxspec.sampling import row_key
 from jaxspec.types import Prompt, Sampling
 
 BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-MAX_DRAFT = (
-    16  # tokens of the longest chain; every buffer has slack for it, so that chains of all lengths share one state
-)
+MAX_DRAFT = 16  # tokens of the longest chain; every buffer has slack for it, so that all lengths share one state
 MAX_NODES = 64  # of the largest tree
 # What a prompt's settings may be: their types, whether a value holds, and how a person says it.
 SETTINGS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {

@@ -12,7 +12,7 @@ from jax import Array
 from jaxspec import recording, router, shift, verify
 from jaxspec.adapters import Bank, Stacked, Whole, stack, with_base
 from jaxspec.attention import Attend, fastest
-from jaxspec.drafters import hedged, lm_drafter, multi_drafter, ngram_drafter, silent_drafter
+from jaxspec.drafters import hedged, lm_drafter, multi_drafter, ngram_drafter, silent_drafter, tree_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.experience import Experience
@@ -92,6 +92,12 @@ def several(
     scheme, own = SEVERAL[way]
     drafter = multi_drafter(pool.pair.draft.config, num_speculative_tokens, drafts, scheme, **_settings(pool))
     return _engine(pool, drafter, own if rule == "rejection" else rule, **shape)
+
+
+def branching(pool: Pool, num_nodes: int, rule: str = "greedy", *, depth: int, beam: int = 8, **shape: Any) -> Engine:
+    """Speculative decoding with token trees of an LM drafter, see `drafters.tree`; the `room` must have slack for the nodes."""
+    drafter = tree_drafter(pool.pair.draft.config, num_nodes, depth=depth, beam=beam, **_settings(pool))
+    return _engine(pool, drafter, rule, **shape)
 
 
 def online(
@@ -286,9 +292,10 @@ def laid(weights: dict, slots: int) -> dict:
     return lay_out(weights) if _in_blocks(weights, slots) else weights
 
 
-def _in_blocks(weights: dict, slots: int) -> bool:
+def _in_blocks(weights: dict, slots: int, width: int = 0) -> bool:
+    """Whether weights are laid out for windows of so many slots, of at least WIDE columns."""
     alone = len(jax.tree.leaves(weights)[0].devices()) == 1
-    return alone and jax.default_backend() == "cpu" and slots * WIDE <= NARROW
+    return alone and jax.default_backend() == "cpu" and slots * max(width, WIDE) <= NARROW
 
 
 @lru_cache(maxsize=4)
@@ -301,7 +308,8 @@ def _engine(pool: Pool, drafter: Drafter, rule: str, **shape: Any) -> Engine:
     target = lm_target(pair.target.config, _dtype(pool), attend=_attend(pool))
     known = {"stop_tokens": pair.stop_tokens, "vocab_size": pair.vocab_size, "prefill_params": pair.target.params}
     plain = pair.target.params
-    params = _target_in_blocks(pair.target) if _in_blocks(plain, shape["slots"]) else plain
+    in_blocks = _in_blocks(plain, shape["slots"], drafter.num_nodes + 1)
+    params = _target_in_blocks(pair.target) if in_blocks else plain
     return Engine(target, drafter, verify.RULES[rule], params, placement=over(pool.mesh), **known, **shape)
 
 

@@ -27,7 +27,7 @@ from jaxspec.transformer import NARROW
 FIELDS = {
     "prompts", "tokens", "seconds", "prefill_seconds", "decode_seconds", "draft_accuracy", "draft_acceptance_rate",
     "mean_acceptance_length", "acceptance_by_position", "equal_to_autoregressive", "equal_to_fastest_autoregressive",
-    "speedup_vs_autoregressive", "speedup_vs_base",
+    "speedup_vs_autoregressive", "speedup_vs_base", "nodes_a_round", "drafter_calls_a_round",
 }  # fmt: skip
 METHODS = tuple(name for name in pool_methods if name not in MERGED)
 
@@ -50,6 +50,9 @@ def bench(pool, tmp_path_factory):
             max_new_tokens=8,
             widths=(1, 2),
             num_speculative_tokens=2,
+            nodes=5,
+            depth=2,
+            beam=2,
         )
     )
     return json.loads(out.read_text())
@@ -68,8 +71,12 @@ def test_the_json_has_its_fields(bench):
     for name in METHODS:
         assert bench["tasks"]["one"][name].keys() == bench["mean"][name].keys() == FIELDS
     assert bench["tasks"]["one"]["autoregressive"]["draft_accuracy"] is None
+    cost = lambda name: [bench["mean"][name][field] for field in ("nodes_a_round", "drafter_calls_a_round")]
+    assert [cost(name) for name in ("routed", "ngram", "tree", "multi-draft")] == [[2, 2], [2, 0], [5, 2], [4, 2]]
+    assert bench["tree"] == {"nodes": 5, "depth": 2, "beam": 2}
+    length = {name: bench["mean"][name]["mean_acceptance_length"] for name in ("routed", "tree")}
+    assert length["tree"] >= length["routed"] > 1
     assert bench["tasks"]["one"]["autoregressive"]["speedup_vs_autoregressive"] == 1.0
-    assert [bench["verified_nodes"][name] for name in ("routed", "multi-draft")] == [2, 4]
     assert sum(bench["choices"]["one"].values()) == 6 and all(
         said.endswith("K = 2") for said in bench["choices"]["one"]
     )
@@ -87,6 +94,22 @@ def test_the_json_has_its_fields(bench):
 def test_a_number_of_drafts_that_slots_have_no_room_for_is_told(drafts, k):
     with pytest.raises(UserError, match=f"--drafts {drafts} at each of {k}"):
         measuring._drafts(Bench(pool="", drafts=drafts), k)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"nodes": 65}, "--nodes 65 --depth 6 --beam 4 will not do; give 1 to 64 nodes"),
+        ({"depth": 0}, "--nodes 16 --depth 0 --beam 4 will not do"),
+        (
+            {"depth": 2, "beam": 3},
+            "a --beam of 3 and --depth 2 meet 12 tokens, too few for --nodes 16; raise beam or depth",
+        ),
+    ],
+)
+def test_a_tree_that_cannot_be_is_refused(pool, settings, said):
+    with pytest.raises(UserError, match=said):
+        run(Bench(pool=str(pool), methods=("tree",), **settings))
 
 
 def knowing(pool, lengths, rounds=None, fastest=2, **facts):

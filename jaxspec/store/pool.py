@@ -48,6 +48,7 @@ METHODS = (
     "oracle",
     "ngram",
     "multi-draft",
+    "tree",
     *ONLINE,
     *MERGED,
 )
