@@ -57,8 +57,8 @@ class Bench:
     json: str = ""
     """File for the results."""
     methods: tuple[str, ...] = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "oracle")
-    """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram, tree, multi-draft, online, online-wrong:
-    `routed` drafts with the drafter of the prompt's task, `chosen` with the drafter and, one prompt at a time, the draft
+    """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram, tree, multi-draft, online and
+    online-wrong: `routed` drafts with the drafter of the prompt's task, `chosen` with the drafter and, one prompt at a time, the draft
     length that promise the most, `ngram` with what followed in the text before, `tree` as routed, token trees of `nodes` and
     `depth` in place of chains, `multi-draft` as routed with several drafts of every place; `online` begins as routed and
     `online-wrong` with a wrong drafter,
@@ -96,9 +96,10 @@ class Bench:
     """Sample among the likeliest tokens of this mass."""
     drafts: int = 2
     """Drafts of every place by `multi-draft`; a round verifies so many times `num-speculative-tokens`."""
-    several: Literal["greedy-drafts", "recursive", "recursive-with-replacement", "k-seq"] = "greedy-drafts"
+    several: Literal["greedy-drafts", "recursive", "recursive-with-replacement", "k-seq"] = "recursive"
     """How they are drawn and chosen among above temperature 0: the likeliest and one draw by the rule that is optimal for them,
-    draws without or with replacement by recursive rejection, or draws with replacement by K-SEQ."""
+    draws without or with replacement by recursive rejection, or draws with replacement by K-SEQ. The first draft, which goes
+    on, is kept most often by recursive rejection."""
     seed: int = 0
     """Seed of sampling and of random routes."""
     widths: tuple[int, ...] = (1, 2, 4, 8)
