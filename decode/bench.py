@@ -290,9 +290,11 @@ def _has_trees(config: Bench) -> bool:
 
 
 def _check_tree(config: Bench) -> None:
-    if not (1 <= config.nodes <= MAX_NODES and config.depth >= 1 and config.beam >= 1):
+    if not (1 <= config.depth <= config.nodes <= MAX_NODES and config.beam >= 1):
         said = f"--nodes {config.nodes} --depth {config.depth} --beam {config.beam}"
-        raise UserError(f"{said} will not do; give 1 to {MAX_NODES} nodes, and a depth and a beam from 1")
+        raise UserError(
+            f"{said} will not do; give 1 to {MAX_NODES} nodes, a depth from 1 to as many, and a beam from 1"
+        )
     if config.nodes > met(config.depth, config.beam):
         said = f"a --beam of {config.beam} and --depth {config.depth} meet {met(config.depth, config.beam)} tokens"
         raise UserError(f"{said}, too few for --nodes {config.nodes}; raise beam or depth, or ask for fewer nodes")

@@ -101,6 +101,7 @@ def test_a_number_of_drafts_that_slots_have_no_room_for_is_told(drafts, k):
     [
         ({"nodes": 65}, "--nodes 65 --depth 6 --beam 4 will not do; give 1 to 64 nodes"),
         ({"depth": 0}, "--nodes 16 --depth 0 --beam 4 will not do"),
+        ({"nodes": 5}, "--nodes 5 --depth 6 --beam 4 will not do; give 1 to 64 nodes, a depth from 1 to as many"),
         (
             {"depth": 2, "beam": 3},
             "a --beam of 3 and --depth 2 meet 12 tokens, too few for --nodes 16; raise beam or depth",

@@ -180,8 +180,11 @@ def test_under_gumbel_coupling_text_is_that_of_the_noise_whatever_is_drafted():
 
 
 def test_a_tree_needs_room_and_a_beam_that_meets_its_nodes():
-    with pytest.raises(ValueError, match="a beam of 2 on 2 levels meets 6 nodes, the tree has 7"):
-        tree_drafter(SMALL, 7, depth=2, beam=2)
+    for nodes in (1, 7):
+        with pytest.raises(
+            ValueError, match=f"{nodes} nodes cannot be: 2 levels need as many, and a beam of 2 meets 6"
+        ):
+            tree_drafter(SMALL, nodes, depth=2, beam=2)
     wide = tree_drafter(SMALL, MAX_NODES, depth=2)
     assert slack() == 17 and slack(MAX_NODES) == 65
     tight = engine(wide)

@@ -63,10 +63,12 @@ def tree_drafter(
         vocab_size: the target's, where the two are padded differently.
 
     Raises:
-        ValueError: the beam meets fewer than `num_nodes` nodes.
+        ValueError: the tree has fewer nodes than levels, or more than the beam meets.
     """
-    if num_nodes > met(depth, beam):
-        raise ValueError(f"a beam of {beam} on {depth} levels meets {met(depth, beam)} nodes, the tree has {num_nodes}")
+    if not depth <= num_nodes <= met(depth, beam):
+        raise ValueError(
+            f"a tree of {num_nodes} nodes cannot be: {depth} levels need as many, and a beam of {beam} meets {met(depth, beam)}"
+        )
     cached = (depth - 1) * beam
 
     def init(params: LMDrafterParams, prompt: Prompt, slots: int) -> TreeState:
@@ -102,10 +104,8 @@ def search(read, say, cache: Cache, tokens: Array, length: Array, *, depth: int,
     The cache takes the nodes that are expanded in the slots right behind the text, level after level; `read` and `say` are
     those of `lm.chain`. The greedy chain is always expanded.
     """
-    batch, slots = (
-        length.shape[0],
-        max(depth - 1, 1) * beam,
-    )  # a program is made of one expansion even where none is run
+    batch = length.shape[0]
+    slots = max(depth - 1, 1) * beam  # one expansion is traced even where none is run
     level_of_slot = jnp.broadcast_to(jnp.arange(slots) // beam, (batch, slots))
 
     def expand(carry, level):
