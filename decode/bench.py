@@ -58,10 +58,10 @@ class Bench:
     """File for the results."""
     methods: tuple[str, ...] = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "oracle")
     """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram, tree, multi-draft, online and
-    online-wrong: `routed` drafts with the drafter of the prompt's task, `chosen` with the drafter and, one prompt at a time, the draft
-    length that promise the most, `ngram` with what followed in the text before, `tree` as routed, token trees of `nodes` and
-    `depth` in place of chains, `multi-draft` as routed with several drafts of every place; `online` begins as routed and
-    `online-wrong` with a wrong drafter,
+    online-wrong: `routed` drafts with the drafter of the prompt's task, `chosen` with the drafter and, one prompt at a time,
+    the draft length that promise the most, `ngram` with what followed in the text before, `tree` as routed, token trees of
+    `nodes` and `depth` in place of chains, `multi-draft` as routed with several drafts of every place; `online` begins as
+    routed and `online-wrong` with a wrong drafter,
     and both change it within the text for the one that the target agrees with; merged-average, merged-awd, merged-doge, once
     `train.extras` has made them; and what `train.adopt` has added; NAME/METHOD is a rival's method."""
     rivals: tuple[str, ...] = ()
