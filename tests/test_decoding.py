@@ -13,7 +13,7 @@ from toys import prompt_of
 
 from jaxspec import metrics, verify
 from jaxspec.adapters import Stacked, Whole, init_bank, merge, stack, with_base
-from jaxspec.drafters import lm_drafter, silent_drafter
+from jaxspec.drafters import lm, lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
 from jaxspec.recording import NOTHING
@@ -97,6 +97,20 @@ def test_a_drafter_that_is_the_target_loses_nothing(k, rule, temperature):
     assert counts.drafted_by_position.sum() > 0
     assert (counts.accepted_by_position == counts.drafted_by_position).all()
     assert counts.num_drafts == 4 * -(-BUDGET // (k + 1))
+
+
+def test_a_drafter_that_reads_two_columns_a_call_drafts_what_it_drafts_with_one(monkeypatch):
+    """As accelerators do with one row; also at a text of one token, which has none before it."""
+    found = []
+    for columns in (1, 2):
+        monkeypatch.setattr(lm, "least_columns", lambda rows, columns=columns: columns)
+        nearly = answer(engine(lm_drafter(TARGET, 3), slots=1), LMDrafterParams(NEAR))
+        perfect = metrics.total(
+            c.counts for c in answer(engine(lm_drafter(TARGET, 3), slots=1), LMDrafterParams(PARAMS))
+        )
+        assert perfect.num_accepted_tokens == perfect.num_draft_tokens > 0
+        found.append([(own.ids, own.counts.num_accepted_tokens, own.counts.num_draft_tokens) for own in nearly])
+    assert found[0] == found[1] and any(0 < accepted < drafted for _, accepted, drafted in found[0])
 
 
 def known_tree(parents: tuple[int, ...], right: tuple[bool, ...]) -> Drafter:

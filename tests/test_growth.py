@@ -64,6 +64,7 @@ def test_the_least_work_grows_with_its_axis_as_predicted(models, axis):
         assert 2 < many.operations / few.operations < 2.5  # every kernel twice, attention more
 
 
+@pytest.mark.slow
 def test_rows_of_a_fresh_bank_draft_as_what_it_belongs_on():
     params = fleet.weights("none").target
     own = banked(Models(TARGET, TARGET, params, params), 2, 3, 2)
@@ -121,6 +122,7 @@ def test_with_a_pool_the_first_token_is_timed_through_the_engine(pool, paces, tm
     assert min(first.values()) > 0
 
 
+@pytest.mark.slow
 def test_every_program_of_a_job_has_its_seconds(pool, tmp_path):
     jax.clear_caches()
     compiled.run(Compiling(pool=pool, output=str(tmp_path / "own.json"), slots=2, prompt=20, num_speculative_tokens=2))

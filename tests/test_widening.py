@@ -80,7 +80,9 @@ def said(config: LMConfig, params: dict) -> tuple[dict, dict]:
     return jax.tree.map(np.asarray, run(params, tokens))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=pytest.mark.slow if name == "llama-3.1-8b" else ()) for name in CASES]
+)
 def test_logits_and_features_are_the_same(case):
     old, params, new, wide = grown(case)
     assert jax.tree.map(jnp.shape, wide) == jax.tree.map(lambda leaf: leaf.shape, abstract(new))
