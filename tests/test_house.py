@@ -136,8 +136,19 @@ def test_the_readmes_tree_is_the_tree():
     assert named == there
 
 
+OTHERS = [
+    "train.align",
+    "decode.generate",
+    "decode.peer",
+    "decode.report",
+    "decode.roofline",
+    "decode.growth",
+    "decode.optimal",
+]
+
+
 @pytest.mark.parametrize(
-    "command", ["train", "train.align", "decode.generate", "decode.bench", "decode.peer", "decode.report"]
+    "command", ["train", "decode.bench", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 )
 def test_the_readmes_commands_explain_themselves(command):
     assert f"python -m {command}" in (ROOT / "README.md").read_text()
