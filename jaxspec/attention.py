@@ -100,7 +100,10 @@ def _piece(q_ref, keys_ref, values_ref, start_ref, out_ref, mass_ref, *, window:
     start, scale = start_ref[row], math.log2(math.e) / math.sqrt(dim)
     real = (jnp.arange(columns) < width)[:, None] & (jnp.arange(groups) < group)[None]
     everywhere = jnp.broadcast_to(real[:, :, None], (columns, groups, dim))
-    at = (row, pl.ds(0, columns), head, pl.ds(0, groups))
+    first = (
+        row - row
+    )  # zero, but not to the tracer: a slice of static bounds may not reach past its array, mask or no mask
+    at = (row, pl.ds(first, columns), head, pl.ds(first, groups))
     q = triton.load(q_ref.at[(*at, slice(None))], mask=everywhere, other=0.0).reshape(rows, dim)
     position = start + jax.lax.broadcasted_iota(jnp.int32, (columns, groups), 0).reshape(rows)
     end = jnp.minimum(start + width, keys_ref.shape[2])
@@ -126,6 +129,6 @@ def _piece(q_ref, keys_ref, values_ref, start_ref, out_ref, mass_ref, *, window:
     out, most, mass = jax.lax.fori_loop(0, pl.cdiv(pieces - side, SIDES), read, nothing)
     out = out / jnp.maximum(mass, 1e-30)[:, None]
     log_mass = jnp.where(mass > 0, most / math.log2(math.e) + jnp.log(jnp.maximum(mass, 1e-30)), NEVER)
-    at = (row, side, pl.ds(0, columns), head, pl.ds(0, groups))
+    at = (row, side, pl.ds(first, columns), head, pl.ds(first, groups))
     triton.store(out_ref.at[(*at, slice(None))], out.reshape(columns, groups, dim), mask=everywhere)
     triton.store(mass_ref.at[at], log_mass.reshape(columns, groups), mask=real)
