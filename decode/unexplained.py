@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxspec import router, shift
@@ -17,7 +18,8 @@ class Watch:
     """Sees the completions of a job that writes to `output`; a pool that does not say what is normal lets all pass."""
 
     def __init__(self, pool: Pool, output: Path):
-        self.known, self.router, self.tasks = pool.normal, pool.router, pool.tasks
+        self.known, self.tasks = pool.normal, pool.tasks
+        self.router = jax.tree.map(np.asarray, pool.router)  # on the host, where completions are
         self.file = output.with_name(f"{output.name}.unexplained.jsonl")
         self.prompts, self.strange = 0, list[Line]()
 
@@ -25,7 +27,7 @@ class Watch:
         """Looks at one prompt."""
         if self.known is None or isinstance(line, Fault) or completion.task is None:
             return
-        features = np.asarray(router.standardised(self.router, completion.features[None]))
+        features = router.standardised(self.router, completion.features[None])
         task, confidence = np.array([self.tasks.index(completion.task)]), np.array([completion.route_confidence])
         self.prompts += 1
         if shift.strange(self.known, features, task, confidence)[0]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ import pytest
 from decode import generate
 from decode.generate import Generate
 from jaxspec import serving, shift
+from jaxspec.config import UserError
+from jaxspec.store.pool import NORMAL, load_pool
 from jaxspec.store.prompts import read_prompts
+from jaxspec.store.stages import write_arrays
 
 GARDEN = "water these seedling tulip spade compost moss hedge beneath mulch rake fern trellis"
 
@@ -114,3 +118,11 @@ def test_a_direction_in_which_no_prompt_ever_went_is_told_where_features_are_man
     assert known.axes.shape == (shift.AXES + 72, shift.AXES)
     assert not shift.far(known, features, task).all()
     assert shift.far(known, features + 2.0 * (np.arange(features.shape[1]) >= shift.AXES + 8), task).all()
+
+
+def test_an_account_of_what_is_normal_that_lacks_a_part_is_told_with_the_remedy(pool, tmp_path):
+    folder = tmp_path / "pool"
+    shutil.copytree(pool, folder)
+    write_arrays(folder / NORMAL, {"centres": np.zeros((3, 4))})
+    with pytest.raises(UserError, match=r"normal.npz is damaged \(it lacks axes, .*\); remove it, .* train.calibrate"):
+        load_pool(str(folder))

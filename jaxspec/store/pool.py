@@ -306,6 +306,12 @@ def _normal(file: Path) -> shift.Normal | None:
     if not file.exists():
         return None
     arrays = read_arrays(file)
+    missing = {*shift.Normal._fields} - {"task", *arrays}
+    if missing:
+        raise UserError(
+            f"{file} is damaged (it lacks {', '.join(sorted(missing))}); remove it, and prompts that no task explains pass "
+            "untold, or run `python -m train.calibrate` again"
+        )
     return shift.Normal(**{"task": np.arange(len(arrays["centres"])), **arrays})  # earlier pools have one centre a task
 
 
