@@ -143,6 +143,17 @@ def loaded(pool) -> Pool:
     return load_pool(pool)
 
 
+@pytest.fixture(scope="session")
+def corrupted(loaded):
+    """A pool of which calibration says that all specialists are good, while two of them have become noise."""
+    noise = lambda x: x.at[:2].set(3 * jax.random.normal(jax.random.key(x.size), x[:2].shape))
+    bank = [{name: (a, noise(b)) for name, (a, b) in layer.items()} for layer in loaded.bank]
+    lengths = loaded.facts["acceptance_length"]
+    better = {name: [[9.0] * len(own) for own in lengths["trunk"]] for name in loaded.tasks}
+    facts = loaded.facts | {"acceptance_length": lengths | better, "fallback_below": 0.0}
+    return dataclasses.replace(loaded, bank=bank, facts=facts)
+
+
 @pytest.fixture
 def out_with(finished, tmp_path):
     """`out_with(*stages)`: a folder for `--out` that holds copies of these finished stages."""

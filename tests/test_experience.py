@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -144,18 +143,7 @@ def test_recorders_together_record_what_each_of_them_does():
 
 
 @pytest.fixture(scope="module")
-def spoilt(loaded):
-    """A pool two of whose specialists have become noise, which begin with their tasks' prompts all the same."""
-    noise = lambda x: x.at[:2].set(3 * jax.random.normal(jax.random.key(x.size), x[:2].shape))
-    bank = [{name: (a, noise(b)) for name, (a, b) in layer.items()} for layer in loaded.bank]
-    lengths = loaded.facts["acceptance_length"]
-    better = {name: [[9.0] * len(own) for own in lengths["trunk"]] for name in loaded.tasks}
-    facts = loaded.facts | {"acceptance_length": lengths | better, "fallback_below": 0.0}
-    return dataclasses.replace(loaded, bank=bank, facts=facts)
-
-
-@pytest.fixture(scope="module")
-def job(spoilt, pool, world, tmp_path_factory):
+def job(corrupted, pool, world, tmp_path_factory):
     """`job(name, *flags)`: records of a job, one prompt at a time; an equal job has compiled its engine."""
     folder, made, real = tmp_path_factory.mktemp("job"), {}, serving.online
     lines = [line for file in sorted(world.prompts.iterdir()) for line in file.read_text().splitlines()[:4]]
@@ -173,7 +161,7 @@ def job(spoilt, pool, world, tmp_path_factory):
         return folder / name
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "load_pool", lambda *paths, **places: spoilt)
+        patch.setattr(generate, "load_pool", lambda *paths, **places: corrupted)
         patch.setattr(serving, "online", engine_of)
         yield answer
 

@@ -1,10 +1,6 @@
 """Specialists that fail are left out after a few prompts and come back when they no longer do; the text stays the same."""
 
-import dataclasses
-
-import jax
 import numpy as np
-import pytest
 
 from jaxspec import reliability, serving
 from jaxspec.reliability import PROBE, Reliability, missed, observed, reliable, served, unknown
@@ -53,17 +49,6 @@ def test_what_came_back_serves_again():
 def test_routes_that_are_no_specialists_are_left_alone():
     evidence = observed(unknown(2), 1, 60, 20)
     assert served(evidence, np.array([0, 1, 2, TRUNK])).tolist() == [0, TRUNK, 2, TRUNK]
-
-
-@pytest.fixture
-def corrupted(loaded):
-    """A pool of which calibration says that all specialists are good, while two of them have become noise."""
-    noise = lambda x: x.at[:2].set(3 * jax.random.normal(jax.random.key(x.size), x[:2].shape))
-    bank = [{name: (a, noise(b)) for name, (a, b) in layer.items()} for layer in loaded.bank]
-    lengths = loaded.facts["acceptance_length"]
-    better = {name: [[9.0] * len(own) for own in lengths["trunk"]] for name in loaded.tasks}
-    facts = loaded.facts | {"acceptance_length": lengths | better, "fallback_below": 0.0}
-    return dataclasses.replace(loaded, bank=bank, facts=facts)
 
 
 def test_nothing_is_served_by_noise_after_a_few_prompts(corrupted, world, monkeypatch):
