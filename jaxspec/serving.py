@@ -189,15 +189,17 @@ def chosen(pool: Pool, slots: int, among: Options, *, bank: bool = False) -> Met
     united = not (alone or bank) and mean[mixed] <= mean[of_bank].min()
     drafters = [mixed] if united else np.flatnonzero(among.family >= 0).tolist() if alone else of_bank
 
+    whom = drafters, [mixed] if alone or united else [base], [mixed] if united else [base]
+
     def best(of: list[int], probability: np.ndarray) -> np.ndarray:
         own, length = router.fastest(probability, among.seconds[of])
         return np.stack([np.array(of)[own], np.array(among.lengths)[length]])
 
     def choose(probability: np.ndarray, strangeness: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         unsure = (probability.max(-1) < pool.facts["fallback_below"]) | (strangeness > LOST)
-        union, nobody = ([mixed] if alone or united else [base]), ([mixed] if united else [base])
-        own, of_union, of_nobody = (best(of, probability) for of in (drafters, union, nobody))
-        drafter, k = np.where(unsure, of_nobody, np.where(strangeness > 1, of_union, own))
+        among_whom = np.where(unsure, 2, strangeness > 1)
+        each = [best(whom[own], probability[i : i + 1]) for i, own in enumerate(among_whom)]
+        drafter, k = np.concatenate(each, axis=1)
         return np.where((drafter == trunk) | (k == 0), router.TRUNK, drafter), k
 
     route = _classifier(pool, choose)
