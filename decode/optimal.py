@@ -20,7 +20,8 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from decode.bench import Bench, Prepared, prepare
+from decode.bench import Prepared, prepare
+from decode.settings import Bench
 from jaxspec.config import UserError, command_line
 from jaxspec.multidraft import SCHEMES, optimal_acceptance
 from jaxspec.requests import bucket_of

@@ -25,9 +25,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from decode.bench import Bench, Chosen, Prepared, measure, prepare, quickest
+from decode.bench import Prepared, measure, prepare
 from decode.export import write_drafter
 from decode.figures import Pass, first_differences, speedups
+from decode.methods import Chosen
+from decode.settings import Bench
+from decode.work import quickest
 from jaxspec.config import UserError, command_line
 from jaxspec.engine import Method, Seconds, unrouted
 from jaxspec.metrics import Counts, counts

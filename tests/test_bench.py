@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from decode import bench as measuring
-from decode import throughput
-from decode.bench import Bench, run
+from decode import methods, throughput
+from decode.bench import run
 from decode.figures import Ask, first_differences
+from decode.settings import Bench
 from decode.throughput import Throughput
 from jaxspec import router, serving, shift
 from jaxspec.adapters import Stacked
@@ -93,7 +93,7 @@ def test_the_json_has_its_fields(bench):
 @pytest.mark.parametrize(("drafts", "k"), [(0, 4), (5, 4)])
 def test_a_number_of_drafts_that_slots_have_no_room_for_is_told(drafts, k):
     with pytest.raises(UserError, match=f"--drafts {drafts} at each of {k}"):
-        measuring._drafts(Bench(pool="", drafts=drafts), k)
+        methods.drafts(Bench(pool="", drafts=drafts), k)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from decode import peer
-from decode.bench import Bench, Chosen, Prepared, Work, quickest
+from decode.bench import Prepared
 from decode.figures import Ask
+from decode.methods import Chosen
 from decode.rivals import Contender
+from decode.settings import Bench
+from decode.work import Work, quickest
 from jaxspec import serving
 from jaxspec.config import UserError
 from jaxspec.engine import Seconds

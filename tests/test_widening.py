@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from decode import bench, report, throughput, widened
-from decode.bench import Bench
+from decode.settings import Bench
 from decode.throughput import Throughput
 from jaxspec import serving, sharding, widening
 from jaxspec.config import Mesh, UserError

@@ -1,0 +1,206 @@
+"""The methods of a bench, a row each: who drafts for which prompt, and the program that decodes it.
+
+A method more is a row of `RECIPES`, its name in `store.pool.METHODS`, and a row in the tests' table of laws. Methods without a
+row are drafters that were added to a pool, which serve every prompt with the chains of `routed`.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from decode.figures import Ask
+from decode.rivals import Contender
+from decode.settings import Bench
+from jaxspec import serving
+from jaxspec.config import UserError
+from jaxspec.drafters.tree import met
+from jaxspec.engine import Engine, Method
+from jaxspec.requests import MAX_DRAFT, MAX_NODES
+from jaxspec.router import TRUNK
+from jaxspec.store.families import Options, options
+from jaxspec.store.pool import Pool, draft_length
+
+
+class Setting(NamedTuple):
+    """What methods are made from: the bench's settings, a pool with its prompts, the acceptance rule, and an engine's shape."""
+
+    config: Bench
+    contender: Contender
+    rule: str
+    shape: dict[str, Any]
+
+    @property
+    def pool(self) -> Pool:
+        return self.contender.pool
+
+    @property
+    def asks(self) -> Sequence[Ask]:
+        return self.contender.asks
+
+    @property
+    def slots(self) -> int:
+        return self.config.batch
+
+    @property
+    def length(self) -> int:
+        """Tokens that a chain has in a round."""
+        return draft_length(self.pool.facts, self.config.num_speculative_tokens, least=1, slots=self.slots)
+
+    @property
+    def among(self) -> Options:
+        """What `chosen` may choose among."""
+        return options(self.pool.facts, self.config.num_speculative_tokens, self.slots)
+
+
+class Chosen(NamedTuple):
+    """A way of choosing drafters.
+
+    routes: each prompt's, for `random`, `oracle` and what begins `wrong`; reach: the routes that some prompt may take.
+    """
+
+    method: Method
+    routes: np.ndarray | None = None
+    reach: Sequence[int] = ()
+
+
+class Recipe(NamedTuple):
+    """How a method is made; methods of one `engine` share its programs.
+
+    nodes: that a round verifies beyond those of a chain's slack; check: raises UserError for settings that it cannot have.
+    """
+
+    choose: Callable[[Setting], Chosen]
+    engine: Callable[[Setting], Engine]
+    nodes: Callable[[Bench], int] = lambda config: 0
+    check: Callable[[Bench], None] = lambda config: None
+
+
+def choosing(setting: Setting) -> dict[str, Chosen]:
+    """A pool's ways of choosing drafters, by the methods' own names."""
+    return {name: recipe(name).choose(setting) for name in setting.contender.methods}
+
+
+def engines(setting: Setting) -> dict[str, Engine]:
+    """A pool's methods' programs, at its own draft length, by the methods' own names."""
+    wanted = {name: recipe(name).engine for name in setting.contender.methods}
+    made = {make: make(setting) for make in dict.fromkeys(wanted.values())}
+    return {name: made[make] for name, make in wanted.items()}
+
+
+def recipe(method: str) -> Recipe:
+    """A method's, a rival's or not."""
+    name = method.rpartition("/")[2]
+    return RECIPES.get(name, Recipe(partial(_always, name), _chains))
+
+
+def most_nodes(config: Bench) -> int:
+    """The most nodes beyond a chain's that a round of any method verifies, for which slots need room."""
+    return max((recipe(method).nodes(config) for method in config.methods), default=0)
+
+
+def check(config: Bench) -> None:
+    """Raises UserError where a method cannot have the settings."""
+    for method in config.methods:
+        recipe(method).check(config)
+
+
+def _always(name: str, setting: Setting) -> Chosen:
+    return Chosen(serving.always(setting.pool, name, setting.slots))
+
+
+def _routed(setting: Setting) -> Chosen:
+    return Chosen(serving.routed(setting.pool, setting.slots), reach=_reach(setting, len(setting.pool.names)))
+
+
+def _fastest(setting: Setting) -> Chosen:
+    among = setting.among
+    return Chosen(serving.chosen(setting.pool, setting.slots, among), reach=_reach(setting, len(among.names)))
+
+
+def _reach(setting: Setting, number: int) -> list[int]:
+    """Of so many routes those that some prompt may take."""
+    family = setting.among.family
+    return [route for route in range(TRUNK, number) if route < 0 or family[route] >= 0]
+
+
+def _beforehand(which: str, setting: Setting) -> Chosen:
+    routes = _routes(setting)[which]
+    return Chosen(serving.given(setting.pool, setting.slots), routes, np.unique(routes).tolist())
+
+
+def _online(begins: str | None, setting: Setting) -> Chosen:
+    return Chosen(serving.hedging(setting.pool, setting.slots), _routes(setting)[begins] if begins else None)
+
+
+def _routes(setting: Setting) -> dict[str, np.ndarray]:
+    """Routes that are chosen without looking at a prompt: by chance, by its label, and against it."""
+    pool, number = setting.pool, len(setting.asks)
+    tasks, rng = len(pool.tasks), np.random.default_rng(setting.config.seed)
+    random = rng.integers(tasks, size=number)
+    own = np.array([ask.cluster for ask in setting.asks])
+    wrong = np.where(tasks > 1, (own + rng.integers(1, max(tasks, 2), size=number)) % tasks, TRUNK)
+    return {"random": random, "wrong": wrong, "oracle": np.array([*pool.drafters, TRUNK])[own]}
+
+
+def _chains(setting: Setting) -> Engine:
+    return serving.speculative(setting.pool, setting.length, setting.rule, **setting.shape)
+
+
+def _families(setting: Setting) -> Engine:
+    return serving.choosing(setting.pool, setting.among.families, setting.rule, **setting.shape)
+
+
+def _lookups(setting: Setting) -> Engine:
+    return serving.looking_up(setting.pool, setting.length, setting.rule, **setting.shape)
+
+
+def _hedges(setting: Setting) -> Engine:
+    return serving.online(setting.pool, setting.length, setting.rule, **setting.shape)
+
+
+def _trees(setting: Setting) -> Engine:
+    of = setting.config
+    return serving.branching(setting.pool, of.nodes, setting.rule, depth=of.depth, beam=of.beam, **setting.shape)
+
+
+def _several(setting: Setting) -> Engine:
+    of, k = setting.config, setting.length
+    return serving.several(setting.pool, k, drafts(of, k), of.several, setting.rule, **setting.shape)
+
+
+def drafts(config: Bench, k: int) -> int:
+    """How many drafts every place has; UserError where slots have no room for them."""
+    if config.drafts < 1 or k * config.drafts > MAX_DRAFT:
+        raise UserError(
+            f"--drafts {config.drafts} at each of {k} places makes {k * config.drafts} nodes, which must lie between "
+            f"{k} and {MAX_DRAFT}; give another number, or --num-speculative-tokens"
+        )
+    return config.drafts
+
+
+def check_tree(config: Bench) -> None:
+    """Raises UserError where a beam cannot fill a tree of these settings."""
+    if not (1 <= config.depth <= config.nodes <= MAX_NODES and config.beam >= 1):
+        said = f"--nodes {config.nodes} --depth {config.depth} --beam {config.beam}"
+        raise UserError(
+            f"{said} will not do; give 1 to {MAX_NODES} nodes, a depth from 1 to as many, and a beam from 1"
+        )
+    if config.nodes > met(config.depth, config.beam):
+        said = f"a --beam of {config.beam} and --depth {config.depth} meet {met(config.depth, config.beam)} tokens"
+        raise UserError(f"{said}, too few for --nodes {config.nodes}; raise beam or depth, or ask for fewer nodes")
+
+
+RECIPES = {
+    "routed": Recipe(_routed, _chains),
+    "chosen": Recipe(_fastest, _families),
+    "random": Recipe(partial(_beforehand, "random"), _chains),
+    "wrong": Recipe(partial(_beforehand, "wrong"), _chains),
+    "oracle": Recipe(partial(_beforehand, "oracle"), _chains),
+    "online": Recipe(partial(_online, None), _hedges),
+    "online-wrong": Recipe(partial(_online, "wrong"), _hedges),
+    "ngram": Recipe(partial(_always, "ngram"), _lookups),
+    "multi-draft": Recipe(_routed, _several),
+    "tree": Recipe(_routed, _trees, lambda config: config.nodes, check_tree),
+}

@@ -1,0 +1,85 @@
+"""What a bench measures, and how: the settings of `decode.bench`, and of the commands that measure in its way."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxspec.config import Mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What is measured, and how."""
+
+    pool: str
+    """Folder of the pool."""
+    prompts: str = ""
+    """Prompts to decode; without it the pool's own test split."""
+    include: tuple[str, ...] = ()
+    """Files of the prompts folder, named without suffix; none means those that the pool was trained on."""
+    tasks: tuple[str, ...] = ()
+    """Tasks whose prompts are taken, by their labels; none means all."""
+    limit: int | None = None
+    """First prompts taken of each task."""
+    json: str = ""
+    """File for the results."""
+    methods: tuple[str, ...] = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "oracle")
+    """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram, tree, multi-draft, online and
+    online-wrong: `routed` drafts with the drafter of the prompt's task, `chosen` with the drafter and, one prompt at a time,
+    the draft length that promise the most, `ngram` with what followed in the text before, `tree` as routed, token trees of
+    `nodes` and `depth` in place of chains, `multi-draft` as routed with several drafts of every place; `online` begins as
+    routed and `online-wrong` with a wrong drafter,
+    and both change it within the text for the one that the target agrees with; merged-average, merged-awd, merged-doge, once
+    `train.extras` has made them; and what `train.adopt` has added; NAME/METHOD is a rival's method."""
+    rivals: tuple[str, ...] = ()
+    """Further pools of the same target, each NAME=POOL, or NAME=POOL,DRAFT where its base drafter has another place than its
+    manifest says: a row NAME measures a rival's routed drafters at its own draft length, in the type and on the mesh of
+    the bench's pool, whose `base` is that of every row's speedup."""
+    batch: int = 1
+    """Slots: prompts decoded together; a finished one's slot is filled again."""
+    admit_rows: int = 1
+    """Prompts read together when slots fall free."""
+    smallest_bucket: int = 32
+    """Prompts are padded to at least so many tokens; a large value means fewer programs to compile."""
+    passes: int = 3
+    """Timed passes over all prompts."""
+    max_new_tokens: int = 96
+    """Longest completion, in tokens."""
+    num_speculative_tokens: int | None = None
+    """Tokens drafted a round; None is what calibration chose, for each pool its own."""
+    nodes: int = 16
+    """Tokens of a tree that are verified a round, for `tree`."""
+    depth: int = 6
+    """Levels of a tree, of which each costs a call of the drafter."""
+    beam: int = 4
+    """Nodes of a level of a tree that are expanded, and children that each of them is given."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy."""
+    acceptance: Literal["rejection", "gumbel"] = "rejection"
+    """Rule above temperature 0: p/q rejection, or Gumbel coupling, whose text does not depend on the drafter."""
+    top_k: int | None = None
+    """Sample among so many tokens."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens of this mass."""
+    drafts: int = 2
+    """Drafts of every place by `multi-draft`; a round verifies so many times `num-speculative-tokens`."""
+    several: Literal["greedy-drafts", "recursive", "recursive-with-replacement", "k-seq"] = "recursive"
+    """How they are drawn and chosen among above temperature 0: the likeliest and one draw by the rule that is optimal for them,
+    draws without or with replacement by recursive rejection, or draws with replacement by K-SEQ. The first draft, which goes
+    on, is kept most often by recursive rejection."""
+    seed: int = 0
+    """Seed of sampling and of random routes."""
+    widths: tuple[int, ...] = (1, 2, 4, 8)
+    """Widths at which the autoregressive baseline is tried; the fastest is timed."""
+    dtype: Literal["", "float32", "bfloat16"] = ""
+    """float32 or bfloat16; empty is what the pool was made with."""
+    target: str = ""
+    """Another place of the pool's target."""
+    widen: str = ""
+    """llama-2-7b, llama-3.2-1b or llama-3.1-8b: the target is widened to that shape and cost and says what it said before;
+    rounds are timed anew first, unless `num-speculative-tokens` is given."""
+    lengths: tuple[int, ...] = ()
+    """With `widen`, the numbers of drafted tokens whose rounds are timed; none means those of calibration."""
+    draft: str = ""
+    """Another place of the pool's base drafter."""
+    mesh: Mesh = field(default_factory=Mesh)
+    """The devices that decode; the slots divide over `data`."""
