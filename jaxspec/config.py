@@ -14,6 +14,15 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 Config = TypeVar("Config")
+Divergence = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "total_variation",
+    "total_variation_policy",
+    "negative_log_acceptance",
+    "negative_log_likelihood",
+]
 
 
 class UserError(Exception):
@@ -66,15 +75,7 @@ class Partition:
 class Align:
     """How drafters are aligned to the target; the mixed control gets the same total of steps x tokens."""
 
-    divergence: Literal[
-        "forward_kl",
-        "reverse_kl",
-        "jensen_shannon",
-        "total_variation",
-        "total_variation_policy",
-        "negative_log_acceptance",
-        "negative_log_likelihood",
-    ] = "forward_kl"
+    divergence: Divergence = "forward_kl"
     """What training lowers: a distance from the target's distribution to the drafter's, or -log q of its text alone."""
     temperature: float = 1.0
     """Temperature that target and drafter are compared at; another than 1 leaves out what the trace did not keep."""
@@ -197,6 +198,26 @@ class Experiment:
     mesh: Mesh = field(default_factory=Mesh)
     distributed: bool = False
     """Join the job's other processes by jax.distributed and train over all their devices; for train.align alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Experiment):
+    """Ways of aligning one drafter, side by side; `align.full_learning_rates` and `align.steps` hold for each of them."""
+
+    divergences: tuple[Divergence, ...] = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
+    """What training lowers, one drafter for each and every source."""
+    sources: tuple[Literal["log", "target", "draft", "mix", "on-policy"], ...] = ("log", "target", "on-policy")
+    """Whose texts a drafter learns from: as `trace.texts`, or those that it writes itself while it learns."""
+    drafted: tuple[int, ...] = (3, 5)
+    """Drafted tokens that drafters are measured at."""
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    """Temperatures that they are measured at."""
+    outside: tuple[str, ...] = ()
+    """Files of the prompts folder that no drafter is trained on, and that all are measured on."""
+    measured: int = 32
+    """Prompts of every task that are decoded."""
+    slots: int = 32
+    """Prompts decoded together."""
 
 
 def plain(config: Any) -> Any:

@@ -258,7 +258,7 @@ def test_selection_has_each_drafter_but_the_trunk_trained_twice(experiment, monk
 
     monkeypatch.setattr(stage, "_train", train)
     course = stage.Course("bank", None, (), "start", [], [], 5, (0.5, 0.1))  # pyright: ignore[reportArgumentType]
-    select = lambda share, own: stage._selected(
+    select = lambda share, own: stage.trained(
         dataclasses.replace(experiment, align=dataclasses.replace(experiment.align, select=share)),
         None,
         own,
@@ -287,7 +287,7 @@ def test_selection_has_each_drafter_but_the_trunk_trained_twice(experiment, monk
 def test_settings_that_do_not_belong_together_are_refused(experiment, changes, said):
     own = dataclasses.replace(experiment, align=dataclasses.replace(experiment.align, **changes))
     with pytest.raises(UserError, match=said):
-        stage._check(own, sharding.make_mesh(1, 1))
+        stage.check(own, sharding.make_mesh(1, 1))
 
 
 def test_parts_that_a_mesh_does_not_divide_are_refused(experiment):
@@ -295,10 +295,10 @@ def test_parts_that_a_mesh_does_not_divide_are_refused(experiment):
     with pytest.raises(
         UserError, match=r"--align.rows over --align.accumulate, of 1 does not divide over --mesh.data 2"
     ):
-        stage._check(own, sharding.make_mesh(2, 1))
+        stage.check(own, sharding.make_mesh(2, 1))
 
 
 def test_a_run_on_several_hosts_has_no_target_to_ask(experiment):
     spec = dataclasses.replace(experiment.align, on_policy=0.5, refresh=2)
     with pytest.raises(UserError, match=r"--align.on-policy .* leave --distributed out"):
-        stage._check(dataclasses.replace(experiment, align=spec, distributed=True), sharding.make_mesh(1, 1))
+        stage.check(dataclasses.replace(experiment, align=spec, distributed=True), sharding.make_mesh(1, 1))

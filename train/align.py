@@ -63,7 +63,7 @@ def run(experiment: Experiment) -> None:
     if experiment.distributed:
         sharding.start()
     mesh = _mesh(experiment)
-    _check(experiment, mesh)
+    check(experiment, mesh)
     parents = {name: manifest(experiment.out, name)["digest"] for name in ("trace", "partition")}
     config = {"align": plain(experiment.align), "dtype": experiment.dtype, "seed": experiment.seed}
     stage = open_stage(experiment.out, "align", config=config, parents=parents)
@@ -75,9 +75,9 @@ def run(experiment: Experiment) -> None:
     draft = read_model(experiment.draft, jnp.dtype(experiment.dtype))
     vocab_size = read_config(experiment.target).vocab_size
     results: dict[str, dict] = {}
-    write = _writing(experiment, traces, draft, mesh) if experiment.align.on_policy else None
+    write = writing(experiment, traces, draft, mesh) if experiment.align.on_policy else None
     for course in _courses(experiment, traces, partition, draft, vocab_size, results):
-        results[course.name] = _selected(experiment, traces, course, stage.folder, mesh, write)
+        results[course.name] = trained(experiment, traces, course, stage.folder, mesh, write)
     params = {name: result.pop("params") for name, result in results.items()}
     best = lambda kind: max((own for own in results if own.startswith(kind)), key=lambda own: results[own]["agreement"])
     bank, mixed = best("bank"), best("mixed")
@@ -97,7 +97,7 @@ def run(experiment: Experiment) -> None:
     print(f"align: the specialists are {bank}, mixed is {mixed}")
 
 
-def _check(experiment: Experiment, mesh: Mesh) -> None:
+def check(experiment: Experiment, mesh: Mesh) -> None:
     """Raises UserError for settings that do not belong together."""
     spec = experiment.align
     if spec.trunk and round(spec.trunk * spec.steps) == spec.steps:
@@ -179,7 +179,7 @@ def _courses(
     held_union = [[row for rows_of_task in held for row in rows_of_task]]
     fresh = init_bank(draft.params, key, tasks=1, rank=spec.rank)
     lora = _aligner(experiment, partial(_lora_log_q, draft, spec.alpha / spec.rank, vocab_size))
-    full = _aligner(experiment, partial(_full_log_q, draft, vocab_size))
+    full = full_fine_tune(experiment, draft, vocab_size)
     masters = jax.tree.map(lambda x: x[None].astype(jnp.float32), draft.params)
     if shared:
         yield Course(
@@ -209,6 +209,11 @@ def _only(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[0], tree)
 
 
+def full_fine_tune(experiment: Experiment, draft: Model, vocab_size: int) -> Aligner:
+    """Trains all of a drafter's weights; its params are float32 masters."""
+    return _aligner(experiment, partial(_full_log_q, draft, vocab_size))
+
+
 def _aligner(experiment: Experiment, log_q: Callable) -> Aligner:
     spec = experiment.align
     loss = partial(LOSSES[spec.divergence], temperature=spec.temperature)
@@ -225,8 +230,8 @@ def _full_log_q(draft: Model, vocab_size: int, frozen, params, tokens, segments,
     return log_q(draft.config, weights, None, tokens, segments, at, vocab_size)
 
 
-def _writing(experiment: Experiment, traces: Traces, draft: Model, mesh: Mesh) -> Callable[..., Texts]:
-    """(a course's frozen, its params, which of its drafters, examples, step) -> that drafter's texts, scored."""
+def writing(experiment: Experiment, traces: Traces, draft: Model, mesh: Mesh) -> Callable[..., Texts]:
+    """(a course's frozen, its params, which drafter of it, examples, step) -> what that drafter writes, scored."""
     pair = read_pair(experiment.target, experiment.draft, experiment.dtype, mesh)
     traced = manifest(experiment.out, "trace")["config"]["trace"]
     placed = {"temperature": traced["temperature"], "rows": traced["batch"], "placement": sharding.over(mesh)}
@@ -241,7 +246,7 @@ def _writing(experiment: Experiment, traces: Traces, draft: Model, mesh: Mesh) -
     return write
 
 
-def _selected(
+def trained(
     experiment: Experiment, traces: Traces, course: Course, folder: Path, mesh: Mesh, write: Callable | None
 ) -> dict:
     """Trains; where tokens are selected, once on all of them before, which makes the reference and finds the rate.
