@@ -16,6 +16,7 @@ from jaxspec.drafters import hedged, lm_drafter, multi_drafter, ngram_drafter, s
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.experience import Experience
+from jaxspec.joining import join, pays
 from jaxspec.requests import MAX_DRAFT
 from jaxspec.router import RouterParams
 from jaxspec.sharding import over
@@ -278,7 +279,7 @@ def banked(draft: LMConfig, trunk: dict, bank: Bank, slots: int) -> LMDrafterPar
     dtype = jax.tree.leaves(trunk)[0].dtype
     if stacks(draft, len(jax.tree.leaves(bank)[0]), dtype):
         return LMDrafterParams(stack(trunk, bank), Stacked())
-    weights = laid(trunk, slots)  # adapters are merged into plain kernels, so the layout comes last
+    weights = _in_blocks(trunk, slots)  # adapters were merged into plain kernels, so the layout comes last
     return LMDrafterParams(weights, jax.tree.map(lambda x: x.astype(dtype), bank))
 
 
@@ -290,11 +291,15 @@ def stacks(draft: LMConfig, tasks: int, dtype: Any) -> bool:
 
 
 def laid(weights: dict, slots: int) -> dict:
-    """Weights as windows of so many slots want them: on a CPU, where the rows are few, in blocks of columns."""
-    return lay_out(weights) if _in_blocks(weights, slots) else weights
+    """Weights as windows of so many slots want them: joined on a GPU, in blocks of columns on a CPU, where the rows are few."""
+    return join(weights) if pays(weights) else _in_blocks(weights, slots)
 
 
-def _in_blocks(weights: dict, slots: int, width: int = 0) -> bool:
+def _in_blocks(weights: dict, slots: int) -> dict:
+    return lay_out(weights) if _few(weights, slots) else weights
+
+
+def _few(weights: dict, slots: int, width: int = 0) -> bool:
     """Whether weights are laid out for windows of so many slots, of at least WIDE columns."""
     alone = len(jax.tree.leaves(weights)[0].devices()) == 1
     return alone and jax.default_backend() == "cpu" and slots * max(width, WIDE) <= NARROW
@@ -310,8 +315,8 @@ def _engine(pool: Pool, drafter: Drafter, rule: str, **shape: Any) -> Engine:
     target = lm_target(pair.target.config, _dtype(pool), attend=_attend(pool))
     known = {"stop_tokens": pair.stop_tokens, "vocab_size": pair.vocab_size, "prefill_params": pair.target.params}
     plain = pair.target.params
-    in_blocks = _in_blocks(plain, shape["slots"], drafter.num_nodes + 1)
-    params = _target_in_blocks(pair.target) if in_blocks else plain
+    few = _few(plain, shape["slots"], drafter.num_nodes + 1)
+    params = _target_in_blocks(pair.target) if few else plain
     return Engine(target, drafter, verify.RULES[rule], params, placement=over(pool.mesh), **known, **shape)
 
 

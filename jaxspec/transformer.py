@@ -8,7 +8,8 @@ Architectures: Llama 2 and 3, Mistral, Qwen2, Qwen3, which differ in `LMConfig` 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -223,6 +224,12 @@ def unembed(config: LMConfig, params: dict, hidden: Array, vocab_size: int | Non
     return jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, missing)], constant_values=NEVER)
 
 
+def parts(config: LMConfig) -> dict[str, dict[str, int]]:
+    """Products of a layer that read one input, by the name that they have together: each one's width."""
+    q, kv = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
+    return {"qkv": {"q": q, "k": kv, "v": kv}, "gate_up": {"gate": config.mlp_width, "up": config.mlp_width}}
+
+
 def lay_out(params: dict) -> dict:
     """The same model for windows of few rows on a CPU: kernels `[in, out]` as blocks of columns `[n, in, COLUMNS]`.
 
@@ -285,12 +292,13 @@ def _segment_start(segments: Array, index: Array) -> Array:
 
 
 @lru_cache(maxsize=32)
-def _graph(config: LMConfig, attend: Attend):
-    return nnx.split(nnx.eval_shape(lambda: _Decoder(config, nnx.Rngs(0), attend)))[0]
+def _graph(config: LMConfig, attend: Attend, joined: bool):
+    return nnx.split(nnx.eval_shape(lambda: _Decoder(config, nnx.Rngs(0), attend, joined)))[0]
 
 
 def _decoder(config: LMConfig, params: dict, attend: Attend = dense):
-    return nnx.merge(_graph(config, attend), nnx.State(params))
+    joined = config.num_layers > 0 and "qkv" in params["layers"][0]["attention"]
+    return nnx.merge(_graph(config, attend, joined), nnx.State(params))
 
 
 def _rotate(x: Array, positions: Array, frequencies: Array) -> Array:
@@ -336,12 +344,26 @@ class _Dense(nnx.Module):
         return y + low_rank(x, update) if isinstance(update, tuple) else y
 
 
+def _products(module: nnx.Module, name: str, config: LMConfig, use_bias: bool, joined: bool) -> None:
+    """Gives a module the products of one of `parts`, or the one that they are together, see `joining`."""
+    own = parts(config)[name]
+    for part, width in ({name: sum(own.values())} if joined else own).items():
+        setattr(module, part, _Dense(config.width, width, use_bias))
+
+
+def _multiplied(module: nnx.Module, name: str, config: LMConfig, x: Array, adapter: dict[str, Any]) -> list[Array]:
+    own = parts(config)[name]
+    if hasattr(module, name):
+        if own.keys() & adapter.keys():
+            raise ValueError(f"an adapter of {', '.join(own)} needs weights that are apart, these are joined")
+        return jnp.split(getattr(module, name)(x), list(accumulate(own.values()))[:-1], axis=-1)
+    return [getattr(module, part)(x, adapter.get(part)) for part in own]
+
+
 class _Attention(nnx.Module):
-    def __init__(self, config: LMConfig, layer: int, attend: Attend):
-        heads, kv, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.q = _Dense(config.width, heads * dim, config.qkv_bias)
-        self.k = _Dense(config.width, kv * dim, config.qkv_bias)
-        self.v = _Dense(config.width, kv * dim, config.qkv_bias)
+    def __init__(self, config: LMConfig, layer: int, attend: Attend, joined: bool):
+        heads, dim = config.num_heads, config.head_dim
+        _products(self, "qkv", config, config.qkv_bias, joined)
         self.o = _Dense(heads * dim, config.width, config.output_bias)
         self.q_norm = _Norm(dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = _Norm(dim, config.norm_eps) if config.qk_norm else None
@@ -349,10 +371,8 @@ class _Attention(nnx.Module):
 
     def __call__(self, x, positions, key_positions, mask, cache, start, adapter):
         config = self.config
-        split = lambda y, heads: y.reshape(*y.shape[:-1], heads, config.head_dim)
-        q = split(self.q(x, adapter.get("q")), config.num_heads)
-        k = split(self.k(x, adapter.get("k")), config.num_kv_heads)
-        v = split(self.v(x, adapter.get("v")), config.num_kv_heads)
+        split = lambda y: y.reshape(*y.shape[:-1], -1, config.head_dim)
+        q, k, v = map(split, _multiplied(self, "qkv", config, x, adapter))
         if self.q_norm and self.k_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         frequencies = rope_frequencies(config.rope, config.head_dim)
@@ -368,22 +388,22 @@ class _Attention(nnx.Module):
 
 
 class _MLP(nnx.Module):
-    def __init__(self, config: LMConfig):
-        self.gate = _Dense(config.width, config.mlp_width, config.mlp_bias)
-        self.up = _Dense(config.width, config.mlp_width, config.mlp_bias)
+    def __init__(self, config: LMConfig, joined: bool):
+        _products(self, "gate_up", config, config.mlp_bias, joined)
         self.down = _Dense(config.mlp_width, config.width, config.mlp_bias)
+        self.config = config
 
     def __call__(self, x, adapter):
-        inner = jax.nn.silu(self.gate(x, adapter.get("gate"))) * self.up(x, adapter.get("up"))
-        return self.down(inner, adapter.get("down"))
+        gate, up = _multiplied(self, "gate_up", self.config, x, adapter)
+        return self.down(jax.nn.silu(gate) * up, adapter.get("down"))
 
 
 class _Block(nnx.Module):
-    def __init__(self, config: LMConfig, layer: int, attend: Attend):
+    def __init__(self, config: LMConfig, layer: int, attend: Attend, joined: bool):
         self.attention_norm = _Norm(config.width, config.norm_eps)
-        self.attention = _Attention(config, layer, attend)
+        self.attention = _Attention(config, layer, attend, joined)
         self.mlp_norm = _Norm(config.width, config.norm_eps)
-        self.mlp = _MLP(config)
+        self.mlp = _MLP(config, joined)
 
     def __call__(self, x, positions, key_positions, mask, cache, start, adapter):
         mixed, kept = self.attention(self.attention_norm(x), positions, key_positions, mask, cache, start, adapter)
@@ -397,10 +417,10 @@ class _Embed(nnx.Module):
 
 
 class _Decoder(nnx.Module):
-    def __init__(self, config: LMConfig, rngs: nnx.Rngs, attend: Attend = dense):
+    def __init__(self, config: LMConfig, rngs: nnx.Rngs, attend: Attend = dense, joined: bool = False):
         del rngs
         self.embed = _Embed(config)
-        self.layers = nnx.List([_Block(config, layer, attend) for layer in range(config.num_layers)])
+        self.layers = nnx.List([_Block(config, layer, attend, joined) for layer in range(config.num_layers)])
         self.norm = _Norm(config.width, config.norm_eps)
         self.head = None if config.tied else _Dense(config.width, config.vocab_size, False)
 

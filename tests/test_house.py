@@ -60,6 +60,7 @@ ALLOWED = {
         "drafters",
         "engine",
         "experience",
+        "joining",
         "recording",
         "requests",
         "store",
@@ -70,6 +71,7 @@ ALLOWED = {
     "text": {"config", "verify", "router", "engine", "recording", "requests", "serving", "store"},
     "sharding": {"types", "config", "transformer"},
     "published": {"transformer"},
+    "joining": {"transformer"},
     "widening": {"config", "published", "sharding", "transformer"},
     "roofline": {"adapters", "transformer"},
     "plan": {
@@ -96,6 +98,7 @@ ALLOWED = {
         "encoder",
         "store",
         "align",
+        "joining",
         "widening",
     },
 }

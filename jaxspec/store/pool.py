@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxspec import router, sharding, shift
 from jaxspec.adapters import Bank, Whole, init_bank, merge
 from jaxspec.config import UserError
+from jaxspec.joining import apart, joined_in_place, pays
 from jaxspec.requests import MAX_DRAFT, checked
 from jaxspec.router import TRUNK, RouterParams
 from jaxspec.store.huggingface import Model
@@ -225,7 +226,7 @@ def known_pool(
     _check_model("draft", pair.draft, facts, "--draft")
     if pair.fingerprint != facts["tokenizer"]:
         raise UserError(f"the tokenizer in {pair.target.path} is not the one that this pool was made with")
-    return _with_pair(folder, facts, digest, pair, mesh)
+    return _with_pair(folder, facts, digest, pair._replace(target=_joined(pair.target)), mesh)
 
 
 def load_beside(path: str, other: Pool, draft: str = "") -> Pool:
@@ -267,13 +268,18 @@ def widen(pool: Pool, shape: LMConfig, seed: int = 0) -> Pool:
     if mesh is not None:
         sharding.check(config, mesh)
         where = sharding.shardings(sharding.param_specs(abstract(config)), mesh)
-    _, params = widened(target.config, target.params, shape, jax.random.key(seed), where)
-    return with_target(pool, replace(target, config=config, params=params))
+    narrow = apart(target.config, target.params)
+    _, params = widened(target.config, narrow, shape, jax.random.key(seed), where)
+    return with_target(pool, _joined(replace(target, config=config, params=params)))
 
 
 def with_target(pool: Pool, target: Model) -> Pool:
     """The pool with another model for its target, as it says the same."""
     return replace(pool, pair=pool.pair._replace(target=target))
+
+
+def _joined(target: Model) -> Model:
+    return replace(target, params=joined_in_place(target.params)) if pays(target.params) else target
 
 
 def _check_model(name: str, model: Model, facts: dict, remedy: str) -> None:
