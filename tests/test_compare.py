@@ -57,7 +57,8 @@ def test_finished_cells_are_not_trained_again(said, comparison, monkeypatch):
     monkeypatch.delattr(align, "trained")
     compare.run(comparison)
     again = json.loads(Path(comparison.out, "comparison.json").read_text())
-    assert {name: again["rows"][name] for name in CELLS} == {name: said["rows"][name] for name in CELLS}
+    figures = lambda own: [way["tasks"] for name in CELLS for way in own["rows"][name].values()]
+    assert figures(again) == figures(said)
 
 
 @pytest.mark.parametrize(

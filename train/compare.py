@@ -32,10 +32,12 @@ from jaxspec.store.models import Pair, encode, read_pair
 from jaxspec.store.prompts import read_prompts
 from jaxspec.store.stages import finish, manifest, open_stage, write_json
 from jaxspec.store.traces import Traces, read_traces, split_of
+from jaxspec.store.trees import read_tree, write_tree
 from jaxspec.target import lm_target
 from train import align, trace
 
 ON_POLICY, WRITTEN_BY = "on-policy", "target"  # its prompts and their lengths are those of the target's texts
+WEIGHTS = "drafter.safetensors"
 HELD = 32  # packed rows of the calibrate split by which a learning rate is chosen
 
 
@@ -61,12 +63,14 @@ def run(comparison: Comparison) -> None:
     pair = read_pair(comparison.target, comparison.draft, comparison.dtype, mesh)
     for texts in dict.fromkeys(_written_by(own) for own in comparison.sources):
         trace.run(_of(comparison, texts))
-    asked = _asked(comparison, pair)
-    ways = _ways(comparison, pair, asked)
-    rows = {"base": _measured(pair, pair.draft.params, asked, ways)}
+    drafters = {"base": pair.draft.params}
     for divergence, source in itertools.product(comparison.divergences, comparison.sources):
         if not (divergence == "negative_log_likelihood" and source == ON_POLICY):  # it would be taught what it says
-            rows[f"{divergence}, {source}"] = _cell(comparison, pair, divergence, source, asked, ways)
+            drafters[f"{divergence}, {source}"] = _cell(comparison, pair, divergence, source)
+    asked = _asked(comparison, pair)
+    ways = _ways(comparison, pair, asked)
+    shown = tqdm(drafters.items(), desc="measure", unit="drafter")
+    rows = {name: _measured(pair, weights, asked, ways) for name, weights in shown}
     write_json(Path(comparison.out, "comparison.json"), {"schema": 1, **_conditions(comparison, pair), "rows": rows})
     _print(comparison, rows)
 
@@ -92,23 +96,25 @@ def _of(comparison: Comparison, texts: str) -> Comparison:
     return replace(comparison, out=str(Path(comparison.out, texts)), trace=replace(comparison.trace, texts=texts))
 
 
-def _cell(comparison: Comparison, pair: Pair, divergence: str, source: str, asked: Asked, ways: Sequence[Way]) -> dict:
-    """One drafter's figures, trained if they are not there."""
+def _cell(comparison: Comparison, pair: Pair, divergence: str, source: str) -> dict:
+    """One drafter's weights, trained if they are not there."""
     own = _of(comparison, _written_by(source))
     share = 1.0 if source == ON_POLICY else 0.0
     experiment = replace(own, align=replace(own.align, divergence=divergence, on_policy=share))
     parents = {"trace": manifest(experiment.out, "trace")["digest"]}
     config = {"align": plain(experiment.align), "dtype": experiment.dtype, "seed": experiment.seed}
-    config |= {"drafted": list(comparison.drafted), "temperatures": list(comparison.temperatures)}
     stage = open_stage(comparison.out, f"{divergence}-{source}", config=config, parents=parents)
+    file = stage.folder / WEIGHTS
     if not stage.complete:
-        weights = _aligned(experiment, pair, stage.folder)
-        finish(stage, **_measured(pair, weights, asked, ways))
-    return manifest(comparison.out, f"{divergence}-{source}")["results"]
+        found = _aligned(experiment, pair, stage.folder)
+        params = found.pop("params")
+        write_tree(file, jax.tree.map(lambda master, leaf: master[0].astype(leaf.dtype), params, pair.draft.params))
+        finish(stage, **found)
+    return read_tree(file, pair.draft.params)
 
 
 def _aligned(experiment: Experiment, pair: Pair, folder: Path) -> dict:
-    """The base drafter's weights after a full fine-tune on the union."""
+    """What `align.trained` says of a full fine-tune on the union."""
     traces, mesh, spec = read_traces(experiment.out), sharding.make_mesh(1, 1), experiment.align
     align.check(experiment, mesh)
     split = split_of(len(traces.tokens), experiment.seed)
@@ -121,8 +127,7 @@ def _aligned(experiment: Experiment, pair: Pair, folder: Path) -> dict:
     train, held = [rows(0, spec.steps * spec.rows)], [rows(1, HELD)]
     course = align.Course("cell", aligner, (), masters, train, held, spec.steps, spec.full_learning_rates)
     write = align.writing(experiment, traces, pair.draft, mesh) if spec.on_policy else None
-    params = align.trained(experiment, traces, course, folder, mesh, write)["params"]
-    return jax.tree.map(lambda master, leaf: master[0].astype(leaf.dtype), params, pair.draft.params)
+    return align.trained(experiment, traces, course, folder, mesh, write)
 
 
 def _asked(comparison: Comparison, pair: Pair) -> Asked:
@@ -174,7 +179,7 @@ def _measured(pair: Pair, weights: dict, asked: Asked, ways: Sequence[Way]) -> d
     share = _parameters(weights) / _parameters(pair.target.params)
     out: dict[str, Any] = {}
     autoregressive = 0.0
-    for way in tqdm(ways, desc="measure", unit="way", leave=False):
+    for way in ways:
         params = LMDrafterParams(weights) if way.drafted else ()
         rate, tasks = _decoded(way, Method("cell", unrouted, lambda routes, params=params: params), asked)
         if not way.drafted:
