@@ -11,6 +11,7 @@ one training over the devices of all hosts, which see the same folders and of wh
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -272,7 +273,7 @@ def _train(
     reference: Any = None,
 ) -> dict:
     """Chooses the learning rate, trains, and says what the calibrate split thinks of it; resumes where it was killed."""
-    spec = experiment.align
+    spec, started = experiment.align, time.time()
     course = course._replace(frozen=_whole(course.frozen, mesh), params=_whole(course.params, mesh))
     room = places(traces, [row for rows in [*course.train, *course.held] for row in rows], spec.row_tokens)
     side_by_side = jax.jit(partial(_each, course.aligner.step), donate_argnums=1)
@@ -311,7 +312,8 @@ def _train(
     checkpoints.close()
     divergence, agreement = judge(state.params)
     figures = {"before": before[1], "agreement": agreement, "divergence": divergence, "learning_rate": rate}
-    return {**figures, "steps": course.steps, "params": state.params}
+    cost = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)), "seconds": time.time() - started}
+    return {**figures, "steps": course.steps, **cost, "params": state.params}
 
 
 def _choose_rate(course: Course, steps: int, fresh, advance, judge, folder: Path) -> float:

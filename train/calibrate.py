@@ -186,6 +186,7 @@ def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
         "specialists": bank if isinstance(bank, str) else "bank_lora",  # the adapters' figures, in earlier versions
         "mixed": align["results"]["mixed"],
         "trunk": "trunk" in align["results"],
+        "trained": _trained(align["results"]),
         "training": {name: align["config"]["align"][name] for name in ("steps", "trunk", "divergence")},
         "router_hidden": experiment.router.hidden,
         "fallback_below": experiment.router.fallback_below,
@@ -193,6 +194,16 @@ def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
         "max_prompt_tokens": experiment.trace.max_prompt_tokens,
         "curves": _curves(Path(experiment.out, "align", "metrics.jsonl")),
     }
+
+
+def _trained(results: dict) -> dict[str, dict[str, Any]] | None:
+    """Parameters and seconds of all that was trained for the specialists, and for `mixed`; None in earlier versions."""
+    chosen = {"routed": results["bank"], "mixed": results["mixed"]}
+    if not all(isinstance(own, str) and "seconds" in results[own] for own in chosen.values()):
+        return None
+    courses = lambda name: [results[own] for own in ("trunk", name) if own in results]
+    of = lambda name: {key: sum(own[key] for own in courses(name)) for key in ("parameters", "seconds")}
+    return {method: of(name) for method, name in chosen.items()}
 
 
 def _curves(file: Path) -> dict[str, dict[str, list]]:

@@ -143,7 +143,7 @@ def find_pool(path: str) -> tuple[Path, dict, str]:
     if "acceptance_length" not in manifest["results"]:
         raise UserError(f"{path!r} was made by an earlier version; remove it and run `python -m train.calibrate` again")
     earlier = {"trunk": False, "specialists": "bank_lora", "training": None, "curves": None, "further": {}}
-    earlier["calibration_by_slots"] = {}
+    earlier |= {"calibration_by_slots": {}, "trained": None}
     return folder, {**earlier, **manifest["results"]}, manifest["digest"]
 
 
