@@ -15,7 +15,7 @@ from decode.rivals import Contender
 from decode.settings import Bench
 from jaxspec import serving
 from jaxspec.config import UserError
-from jaxspec.drafters.tree import met
+from jaxspec.drafters.beam import met
 from jaxspec.engine import Engine, Method
 from jaxspec.requests import MAX_DRAFT, MAX_NODES
 from jaxspec.router import TRUNK

@@ -12,8 +12,9 @@ from toys import prompt_of
 from jaxspec import verify
 from jaxspec.ancestry import ancestry, depths
 from jaxspec.drafters import tree_drafter
+from jaxspec.drafters.beam import search
 from jaxspec.drafters.lm import LMDrafterParams, model
-from jaxspec.drafters.tree import likeliest, search
+from jaxspec.drafters.tree import candidates, greedy_first, likeliest
 from jaxspec.requests import MAX_NODES, room_of, slack
 from jaxspec.speculate import speculator
 from jaxspec.target import lm_target
@@ -67,7 +68,8 @@ def rounds():
 def met_after(state):
     """All candidates of the beam that looks on from a state."""
     read, say = model(TARGET, OWN, None)
-    return search(read, say, state.drafter.model.cache, state.tokens, state.length, depth=DEPTH, beam=BEAM)[0]
+    met = search(read, say, state.drafter.model.cache, state.tokens, state.length, depth=DEPTH, beam=BEAM)[0]
+    return candidates(met._replace(score=greedy_first(met.score)))
 
 
 @jax.jit

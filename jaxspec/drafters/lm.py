@@ -93,15 +93,15 @@ def model(
     return read, lambda hidden: _by_row(logits, params, adapter, hidden)
 
 
-def opening(read: Callable, cache: Cache, tokens: Array, length: Array) -> tuple[Array, Cache]:
-    """What the model makes of a row's last token, `[B, H]`, and the cache with the last two tokens in it.
+def opening(read: Callable, cache: Cache, tokens: Array, length: Array, columns: int = 2) -> tuple[Array, Cache]:
+    """What the model makes of a row's last token, `[B, H]`, and the cache with the last `columns` tokens in it.
 
     After a round whose last token but one was drafted and never read, that one is not cached yet; otherwise it is written
-    again with what it was.
+    again with what it was. More columns are for drafters that have not read, as it stands, the path that was accepted.
     """
-    start = jnp.maximum(length - 2, 0)
-    last_two = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (2,)))(tokens, start)
-    hidden, cache = read(cache, last_two, start)
+    start = jnp.maximum(length - columns, 0)
+    end = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (columns,)))(tokens, start)
+    hidden, cache = read(cache, end, start)
     return jnp.take_along_axis(hidden, (length - 1 - start)[:, None, None], axis=1)[:, 0], cache
 
 

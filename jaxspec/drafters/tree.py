@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxspec.attention import Attend, dense
-from jaxspec.drafters.lm import Branches, LMDrafterParams, LMDrafterState, begin, model, opening
-from jaxspec.transformer import Cache, LMConfig, compact
+from jaxspec.drafters.beam import Met, search, slots_of
+from jaxspec.drafters.lm import LMDrafterParams, LMDrafterState, begin, model
+from jaxspec.transformer import LMConfig, compact
 from jaxspec.types import Draft, Drafter, Prompt
 
 
@@ -65,11 +66,7 @@ def tree_drafter(
     Raises:
         ValueError: the tree has fewer nodes than levels, or more than the beam meets.
     """
-    if not depth <= num_nodes <= met(depth, beam):
-        raise ValueError(
-            f"a tree of {num_nodes} nodes cannot be: {depth} levels need as many, and a beam of {beam} meets {met(depth, beam)}"
-        )
-    cached = (depth - 1) * beam
+    cached = slots_of(num_nodes, depth, beam)
 
     def init(params: LMDrafterParams, prompt: Prompt, slots: int) -> TreeState:
         own = begin(config, params, prompt, slots + cached, dtype)
@@ -78,8 +75,8 @@ def tree_drafter(
     def propose(params: LMDrafterParams, state: TreeState, tokens, length, noise, sampling):
         del noise, sampling
         read, say = model(config, params, state.model.adapter, vocab_size=vocab_size, attend=attend)
-        found, cache = search(read, say, state.model.cache, tokens, length, depth=depth, beam=beam)
-        draft, slot = likeliest(found, num_nodes)
+        met, cache, _ = search(read, say, state.model.cache, tokens, length, depth=depth, beam=beam)
+        draft, slot = likeliest(candidates(met._replace(score=greedy_first(met.score))), num_nodes)
         return draft, TreeState(state.model._replace(cache=cache), slot)
 
     def commit(params, state: TreeState, verdict, scores) -> TreeState:
@@ -93,38 +90,26 @@ def tree_drafter(
     return Drafter(num_nodes, init, propose, commit, depth)
 
 
-def met(depth: int, beam: int) -> int:
-    """Nodes that a beam meets on so many levels."""
-    return beam + (depth - 1) * beam**2
+def greedy_first(score: Array) -> Array:
+    """Scores of what a beam met `[B, R + 1, beam]`, in which the greedy chain, the first child of each level, has the most."""
+    beam = score.shape[2]
+    number = (score.shape[1] - 1) // beam
+    return score.at[:, jnp.array([0, *(1 + beam * level for level in range(number))]), 0].set(0.0)
 
 
-def search(read, say, cache: Cache, tokens: Array, length: Array, *, depth: int, beam: int) -> tuple[Candidates, Cache]:
-    """Beam search behind the text: the root's likeliest tokens, and on each further level those of the likeliest nodes.
-
-    The cache takes the nodes that are expanded in the slots right behind the text, level after level; `read` and `say` are
-    those of `lm.chain`. The greedy chain is always expanded.
-    """
-    batch = length.shape[0]
-    slots = max(depth - 1, 1) * beam  # one expansion is traced even where none is run
-    level_of_slot = jnp.broadcast_to(jnp.arange(slots) // beam, (batch, slots))
-
-    def expand(carry, level):
-        cache, tokens, score, seen = carry
-        seen = seen | (jnp.arange(slots) == level * beam + jnp.arange(beam)[:, None])
-        branches = Branches(level_of_slot, seen, length)
-        hidden, cache = read(cache, tokens, length + level * beam, branches)
-        own, gain = _likeliest_tokens(say(hidden), beam)
-        children, total = own.reshape(batch, -1), (score[..., None] + gain).reshape(batch, -1)
-        _, chosen = jax.lax.top_k(_greedy_first(total), beam)
-        of = lambda leaf, at: jnp.take_along_axis(leaf, at, axis=1)
-        following = of(children, chosen), of(total, chosen), of(seen, chosen[..., None] // beam)
-        return (cache, *following), (children, total, chosen)
-
-    last, cache = opening(read, cache, tokens, length)
-    first, gain = _likeliest_tokens(say(last), beam)
-    start = cache, first, gain, jnp.zeros((batch, beam, slots), bool)
-    (cache, *_), levels = jax.lax.scan(expand, start, jnp.arange(depth - 1))
-    return _candidates(first, gain, levels), cache
+def candidates(met: Met) -> Candidates:
+    """All that a beam met, behind the root."""
+    batch, _, beam = met.tokens.shape
+    join = lambda root, rest: jnp.concatenate([jnp.full((batch, 1), root, rest.dtype), rest], axis=1)
+    behind = lambda leaf, root: join(root, leaf.reshape(batch, -1))
+    parent = join(0, jnp.repeat(join(0, 1 + met.read), beam, axis=1))
+    slot = jnp.broadcast_to(jnp.arange(met.read.shape[1], dtype=jnp.int32), met.read.shape)
+    return Candidates(
+        tokens=behind(met.tokens, 0),
+        score=behind(met.score, jnp.inf),
+        parent=parent,
+        slot=jnp.zeros_like(parent).at[jnp.arange(batch)[:, None], 1 + met.read].set(slot),
+    )
 
 
 def likeliest(found: Candidates, num_nodes: int) -> tuple[Draft, Array]:
@@ -140,37 +125,3 @@ def likeliest(found: Candidates, num_nodes: int) -> tuple[Draft, Array]:
     parents = jnp.take_along_axis(rank, of(found.parent), axis=1)
     count = jnp.full(batch, num_nodes, jnp.int32)
     return Draft(of(found.tokens)[:, 1:], count, None, parents[:, 1:]), of(found.slot)
-
-
-def _likeliest_tokens(logits: Array, number: int) -> tuple[Array, Array]:
-    """The likeliest tokens and their log probabilities: of the model itself, as the same tree serves rows of all settings."""
-    best, tokens = jax.lax.top_k(logits, number)
-    mass = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    return tokens.astype(jnp.int32), jnp.minimum(best - mass, 0.0)  # rounding must set no child above its parent
-
-
-def _greedy_first(score: Array) -> Array:
-    """Scores of a level in which the greedy chain, whose node is the first child of the first node, has the most."""
-    return score.at[..., 0].set(0.0)
-
-
-def _candidates(first: Array, gain: Array, levels: tuple[Array, Array, Array]) -> Candidates:
-    """All that a beam met: the root, its children, and `levels` of children, scores and which of them were expanded next."""
-    batch, beam = first.shape
-    children, scores, chosen = (jnp.moveaxis(leaf, 0, 1) for leaf in levels)  # [B, levels, ...]
-    number, each = children.shape[1:]
-    join = lambda root, near, far: jnp.concatenate(
-        [jnp.full((batch, 1), root, near.dtype), near, far.reshape(batch, -1)], axis=1
-    )
-    # Where each expanded node stands: all of the root's children, then those chosen of every level but the last.
-    base = 1 + beam + each * jnp.arange(number)[:, None]
-    near = jnp.broadcast_to(1 + jnp.arange(beam), (batch, 1, beam))
-    expanded = jnp.concatenate([near, base + chosen], axis=1)[:, :number].reshape(batch, -1)
-    slot = jnp.zeros((batch, 1 + beam + each * number), jnp.int32)
-    place = jnp.broadcast_to(jnp.arange(number * beam, dtype=jnp.int32), expanded.shape)
-    return Candidates(
-        tokens=join(0, first, children),
-        score=join(jnp.inf, _greedy_first(gain), _greedy_first(scores)),
-        parent=join(0, jnp.zeros_like(first), jnp.repeat(expanded, beam, axis=1)),
-        slot=slot.at[jnp.arange(batch)[:, None], expanded].set(place),
-    )
