@@ -3,6 +3,7 @@
 from jaxspec.drafters.graph import graph_drafter as graph_drafter
 from jaxspec.drafters.hedge import hedged as hedged
 from jaxspec.drafters.lm import lm_drafter as lm_drafter
+from jaxspec.drafters.merged_trees import merged_tree_drafter as merged_tree_drafter
 from jaxspec.drafters.multi import multi_drafter as multi_drafter
 from jaxspec.drafters.ngram import ngram_drafter as ngram_drafter
 from jaxspec.drafters.silent import silent_drafter as silent_drafter

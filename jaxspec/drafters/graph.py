@@ -8,6 +8,7 @@ nothing from what is left of p, is not lossless.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +19,8 @@ from jaxspec.ancestry import ancestry
 from jaxspec.attention import Attend, dense
 from jaxspec.drafters.beam import Met, by_score, search, slots_of
 from jaxspec.drafters.lm import LMDrafterParams, LMDrafterState, begin, model
-from jaxspec.drafters.tree import Candidates, likeliest
-from jaxspec.transformer import LMConfig
+from jaxspec.drafters.tree import Candidates, pruned
+from jaxspec.transformer import Cache, LMConfig
 from jaxspec.types import Draft, Drafter, Prompt
 
 NONE = -1  # no token, and no node
@@ -104,8 +105,8 @@ def graph_drafter(
     def propose(params: LMDrafterParams, state: GraphState, tokens, length, noise, sampling):
         del noise, sampling
         read, say = model(config, params, state.model.adapter, vocab_size=vocab_size, attend=attend)
-        settings = {"depth": depth, "beam": beam, "columns": num_nodes + 1}
-        graph, cache = explore(read, say, state.model.cache, tokens, length, ancestors=ancestors, **settings)
+        with_model = partial(search, read, say, state.model.cache, tokens, length, columns=num_nodes + 1)
+        graph, cache = explore(with_model, tokens, length, depth=depth, beam=beam, ancestors=ancestors)
         draft, merged = unroll(graph, num_nodes, depth)
         return draft, GraphState(state.model._replace(cache=cache), merged)
 
@@ -118,25 +119,15 @@ def graph_drafter(
 
 
 def explore(
-    read: Callable,
-    say: Callable,
-    cache,
-    tokens: Array,
-    length: Array,
-    *,
-    ancestors: int,
-    depth: int,
-    beam: int,
-    **window,
-) -> tuple[Graph, Any]:
-    """The graph that a beam meets behind the text, and the cache; arguments as of `beam.search`."""
+    search: Callable, tokens: Array, length: Array, *, depth: int, beam: int, ancestors: int
+) -> tuple[Graph, Cache]:
+    """The graph that a beam meets behind the text, and the cache; `search` is `beam.search` of a model and a text."""
     batch, slots = length.shape[0], max(depth - 1, 1) * beam
     place = length[:, None] - 1 - jnp.arange(ancestors)
     text = jnp.where(place < 0, NONE, jnp.take_along_axis(tokens, jnp.maximum(place, 0), axis=1))
     above = jnp.broadcast_to(text[:, None], (batch, beam, ancestors))
-    memory = Grams(above, jnp.full((batch, slots, ancestors + 1), NONE, jnp.int32))
-    settings = {"depth": depth, "beam": beam, **window}
-    met, cache, grams = search(read, say, cache, tokens, length, choose=once_each, memory=memory, **settings)
+    nothing = Grams(above, jnp.full((batch, slots, ancestors + 1), NONE, jnp.int32))
+    met, cache, grams = search(depth=depth, beam=beam, choose=once_each, memory=nothing)
     return linked(met, text, grams.read[:, : met.read.shape[1]]), cache
 
 
@@ -186,37 +177,35 @@ def unroll(graph: Graph, num_nodes: int, depth: int) -> tuple[Draft, Array]:
     No node is likelier than its parent, so that the best of each level, hung on the best so far, are the best of all. The
     greedy chain of `depth` tokens comes first.
     """
-    batch, _, beam = graph.tokens.shape
-    rows = jnp.arange(num_nodes + 1)
-    index = jnp.arange((num_nodes + 1) * (beam + 1))
-    of = lambda leaf, node: jnp.take_along_axis(leaf, node[..., None], axis=1)
-    join = lambda old, new: jnp.concatenate([old, new.reshape(batch, -1)], axis=1)
-
-    def grow(carry):
-        level, tree = carry
-        node = jnp.maximum(tree.follows, 0)
-        opened = (tree.follows != NONE)[..., None]
-        both = Tree(
-            tokens=join(tree.tokens, of(graph.tokens, node)),
-            score=join(tree.score, jnp.where(opened, tree.score[..., None] + of(graph.gain, node), -jnp.inf)),
-            parent=join(tree.parent, jnp.broadcast_to(rows[:, None], (batch, num_nodes + 1, beam))),
-            follows=join(jnp.full_like(tree.follows, NONE), jnp.where(opened, of(graph.follows, node), NONE)),
-            merged=join(tree.merged, tree.merged[..., None] | of(graph.merged, node)),
-        )
-        greedy = (index <= jnp.minimum(level, depth)) | ((index == num_nodes + 1 + level * beam) & (level < depth))
-        found = Candidates(
-            both.tokens, jnp.where(greedy, jnp.inf, both.score), both.parent, jnp.broadcast_to(index, both.parent.shape)
-        )
-        draft, order = likeliest(found, num_nodes)
-        best = jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, order, axis=1), both)
-        return level + 1, best._replace(parent=jnp.pad(draft.parents, ((0, 0), (1, 0))))
-
+    batch = len(graph.tokens)
     none = jnp.zeros((batch, num_nodes + 1), jnp.int32)
-    at_root = lambda root, others: jnp.where(rows == 0, root, others) + none
-    start = Tree(none, at_root(0.0, -jnp.inf), none, at_root(0, NONE), none > 0)
-    _, tree = jax.lax.while_loop(lambda carry: (carry[1].follows != NONE).any(), grow, (0, start))
-    draft = Draft(tree.tokens[:, 1:], jnp.full(batch, num_nodes, jnp.int32), None, tree.parent[:, 1:])
+    root = none.at[:, 0].set(1) > 0
+    start = Tree(none, jnp.where(root, 0.0, -jnp.inf), none, jnp.where(root, 0, NONE), none > 0)
+    unfinished = lambda carry: (carry[1].follows != NONE).any()
+    grow = lambda carry: (carry[0] + 1, _grown(graph, carry[1], carry[0], depth))
+    _, tree = jax.lax.while_loop(unfinished, grow, (0, start))
+    count = jnp.full(batch, num_nodes, jnp.int32)
+    draft = Draft(tree.tokens[:, 1:], count, None, tree.parent[:, 1:])
     return draft, jnp.take_along_axis(tree.merged, tree.parent, axis=1)
+
+
+def _grown(graph: Graph, tree: Tree, level: Array, depth: int) -> Tree:
+    """The best of the tree and of what hangs on the nodes that `level` tokens lead to."""
+    batch, width = tree.tokens.shape
+    beam, opened = graph.tokens.shape[2], (tree.follows != NONE)[..., None]
+    of = lambda leaf: jnp.take_along_axis(leaf, jnp.maximum(tree.follows, 0)[..., None], axis=1)
+    join = lambda old, new: jnp.concatenate([old, new.reshape(batch, -1)], axis=1)
+    row = jnp.broadcast_to(jnp.arange(width)[:, None], (batch, width, beam))
+    tokens, parent = join(tree.tokens, of(graph.tokens)), join(tree.parent, row)
+    score = join(tree.score, jnp.where(opened, tree.score[..., None] + of(graph.gain), -jnp.inf))
+    follows = join(jnp.full_like(tree.follows, NONE), jnp.where(opened, of(graph.follows), NONE))
+    merged = join(tree.merged, tree.merged[..., None] | of(graph.merged))
+    index = jnp.broadcast_to(jnp.arange(width * (1 + beam)), parent.shape)
+    # The greedy chain has been put first, and goes on with the first child of its last node.
+    greedy = (index <= jnp.minimum(level, depth)) | ((index == width + level * beam) & (level < depth))
+    best = pruned(Candidates(tokens, jnp.where(greedy, jnp.inf, score), parent, index), width)
+    score, follows, merged = (jnp.take_along_axis(leaf, best.slot, axis=1) for leaf in (score, follows, merged))
+    return Tree(best.tokens, score, best.parent, follows, merged)
 
 
 def behind(tokens: Array, above: Array) -> Array:

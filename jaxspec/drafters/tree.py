@@ -113,15 +113,20 @@ def candidates(met: Met) -> Candidates:
 
 
 def likeliest(found: Candidates, num_nodes: int) -> tuple[Draft, Array]:
-    """The tree of the `num_nodes` candidates of most score, the best first, and the slot of each of its window rows.
+    """The tree of the `num_nodes` candidates of most score, the best first, and the slot of each of its window rows."""
+    best = pruned(found, num_nodes + 1)
+    count = jnp.full(len(best.tokens), num_nodes, jnp.int32)
+    return Draft(best.tokens[:, 1:], count, None, best.parent[:, 1:]), best.slot
+
+
+def pruned(found: Candidates, number: int) -> Candidates:
+    """So many of most score, the best first.
 
     Of equals the earlier is taken, so that a node's parent is among them and stands before it.
     """
-    batch, number = found.tokens.shape
-    _, order = jax.lax.top_k(found.score, num_nodes + 1)
-    row, of_each = jnp.arange(batch)[:, None], jnp.broadcast_to(jnp.arange(num_nodes + 1), order.shape)
-    rank = jnp.zeros((batch, number), jnp.int32).at[row, order].set(of_each.astype(jnp.int32))
-    of = lambda leaf: jnp.take_along_axis(leaf, order, axis=1)
-    parents = jnp.take_along_axis(rank, of(found.parent), axis=1)
-    count = jnp.full(batch, num_nodes, jnp.int32)
-    return Draft(of(found.tokens)[:, 1:], count, None, parents[:, 1:]), of(found.slot)
+    batch, all_of_them = found.tokens.shape
+    _, order = jax.lax.top_k(found.score, number)
+    row, of_each = jnp.arange(batch)[:, None], jnp.broadcast_to(jnp.arange(number), order.shape)
+    rank = jnp.zeros((batch, all_of_them), jnp.int32).at[row, order].set(of_each.astype(jnp.int32))
+    best = Candidates(*(jnp.take_along_axis(leaf, order, axis=1) for leaf in found))
+    return best._replace(parent=jnp.take_along_axis(rank, best.parent, axis=1))
