@@ -226,7 +226,7 @@ def _conditions(config: Bench, pool: Pool, width: int) -> dict:
         "commit": _commit(),
         "target": widened.name_of(pool, config.widen),
         **_of_pool(config, pool),
-        "tree": {name: getattr(config, name) for name in ("nodes", "depth", "beam")}
+        "tree": {name: getattr(config, name) for name in ("nodes", "depth", "beam", "ancestors")}
         if methods.most_nodes(config)
         else None,
         "autoregressive_width": width,

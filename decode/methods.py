@@ -125,6 +125,10 @@ def _reach(setting: Setting, number: int) -> list[int]:
     return [route for route in range(TRUNK, number) if route < 0 or family[route] >= 0]
 
 
+def _beside_mixed(setting: Setting) -> Chosen:
+    return _routed(setting)._replace(method=serving.beside_mixed(setting.pool, setting.slots))
+
+
 def _beforehand(which: str, setting: Setting) -> Chosen:
     routes = _routes(setting)[which]
     return Chosen(serving.given(setting.pool, setting.slots), routes, np.unique(routes).tolist())
@@ -165,6 +169,16 @@ def _trees(setting: Setting) -> Engine:
     return serving.branching(setting.pool, of.nodes, setting.rule, depth=of.depth, beam=of.beam, **setting.shape)
 
 
+def _graphs(setting: Setting) -> Engine:
+    of, tree = setting.config, {"depth": setting.config.depth, "beam": setting.config.beam}
+    return serving.reusing(setting.pool, of.nodes, setting.rule, ancestors=of.ancestors, **tree, **setting.shape)
+
+
+def _merged_trees(setting: Setting) -> Engine:
+    of = setting.config
+    return serving.uniting(setting.pool, of.nodes, setting.rule, depth=of.depth, beam=of.beam, **setting.shape)
+
+
 def _several(setting: Setting) -> Engine:
     of, k = setting.config, setting.length
     return serving.several(setting.pool, k, drafts(of, k), of.several, setting.rule, **setting.shape)
@@ -192,6 +206,15 @@ def check_tree(config: Bench) -> None:
         raise UserError(f"{said}, too few for --nodes {config.nodes}; raise beam or depth, or ask for fewer nodes")
 
 
+def check_graph(config: Bench) -> None:
+    """As `check_tree`, of graphs."""
+    check_tree(config)
+    if config.ancestors < 0:
+        raise UserError(
+            f"--ancestors {config.ancestors} will not do; give a whole number from 0, which merges by the token"
+        )
+
+
 RECIPES = {
     "routed": Recipe(_routed, _chains),
     "chosen": Recipe(_fastest, _families),
@@ -203,4 +226,6 @@ RECIPES = {
     "ngram": Recipe(partial(_always, "ngram"), _lookups),
     "multi-draft": Recipe(_routed, _several),
     "tree": Recipe(_routed, _trees, lambda config: config.nodes, check_tree),
+    "graph": Recipe(_routed, _graphs, lambda config: config.nodes, check_graph),
+    "merged-trees": Recipe(_beside_mixed, _merged_trees, lambda config: config.nodes, check_tree),
 }

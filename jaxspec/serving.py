@@ -12,7 +12,16 @@ from jax import Array
 from jaxspec import recording, router, shift, verify
 from jaxspec.adapters import Bank, Stacked, Whole, stack, with_base
 from jaxspec.attention import Attend, fastest
-from jaxspec.drafters import hedged, lm_drafter, multi_drafter, ngram_drafter, silent_drafter, tree_drafter
+from jaxspec.drafters import (
+    graph_drafter,
+    hedged,
+    lm_drafter,
+    merged_tree_drafter,
+    multi_drafter,
+    ngram_drafter,
+    silent_drafter,
+    tree_drafter,
+)
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.experience import Experience
@@ -101,6 +110,20 @@ def branching(pool: Pool, num_nodes: int, rule: str = "greedy", *, depth: int, b
     return _engine(pool, drafter, rule, **shape)
 
 
+def reusing(
+    pool: Pool, num_nodes: int, rule: str = "greedy", *, depth: int, beam: int = 8, ancestors: int = 1, **shape: Any
+) -> Engine:
+    """Speculative decoding with token graphs of an LM drafter, see `drafters.graph`; `room` as of `branching`."""
+    settings = {"depth": depth, "beam": beam, "ancestors": ancestors, **_settings(pool)}
+    return _engine(pool, graph_drafter(pool.pair.draft.config, num_nodes, **settings), rule, **shape)
+
+
+def uniting(pool: Pool, num_nodes: int, rule: str = "greedy", *, depth: int, beam: int = 8, **shape: Any) -> Engine:
+    """Speculative decoding with two drafters' trees as one, see `drafters.merged_trees`; for `beside_mixed`."""
+    drafter = merged_tree_drafter(pool.pair.draft.config, num_nodes, depth=depth, beam=beam, **_settings(pool))
+    return _engine(pool, drafter, rule, **shape)
+
+
 def online(
     pool: Pool, num_speculative_tokens: int, rule: str = "greedy", *, window: int = WINDOW, **shape: Any
 ) -> Engine:
@@ -147,6 +170,12 @@ def given(pool: Pool, slots: int) -> Method:
 def routed(pool: Pool, slots: int) -> Method:
     """The drafter of the router's choice of task, where a request does not name its route."""
     return Method("routed", _of_task(pool), adapted(pool, slots))
+
+
+def beside_mixed(pool: Pool, slots: int) -> Method:
+    """As `routed`, and the mixed drafter with it."""
+    own, mixed = routed(pool, slots), always(pool, "mixed", slots).drafter_params(np.array([router.TRUNK]))
+    return own._replace(name="merged-trees", drafter_params=lambda routes: (own.drafter_params(routes), mixed))
 
 
 def _of_task(pool: Pool) -> Callable[[np.ndarray], Routes]:

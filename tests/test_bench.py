@@ -73,7 +73,8 @@ def test_the_json_has_its_fields(bench):
     assert bench["tasks"]["one"]["autoregressive"]["draft_accuracy"] is None
     cost = lambda name: [bench["mean"][name][field] for field in ("nodes_a_round", "drafter_calls_a_round")]
     assert [cost(name) for name in ("routed", "ngram", "tree", "multi-draft")] == [[2, 2], [2, 0], [5, 2], [4, 2]]
-    assert bench["tree"] == {"nodes": 5, "depth": 2, "beam": 2}
+    assert [cost(name) for name in ("graph", "merged-trees")] == [[5, 2], [5, 4]]
+    assert bench["tree"] == {"nodes": 5, "depth": 2, "beam": 2, "ancestors": 1}
     length = {name: bench["mean"][name]["mean_acceptance_length"] for name in ("routed", "tree")}
     assert length["tree"] >= length["routed"] > 1
     assert bench["tasks"]["one"]["autoregressive"]["speedup_vs_autoregressive"] == 1.0
@@ -106,11 +107,12 @@ def test_a_number_of_drafts_that_slots_have_no_room_for_is_told(drafts, k):
             {"depth": 2, "beam": 3},
             "a --beam of 3 and --depth 2 meet 12 tokens, too few for --nodes 16; raise beam or depth",
         ),
+        ({"ancestors": -1}, "--ancestors -1 will not do; give a whole number from 0"),
     ],
 )
 def test_a_tree_that_cannot_be_is_refused(pool, settings, said):
     with pytest.raises(UserError, match=said):
-        run(Bench(pool=str(pool), methods=("tree",), **settings))
+        run(Bench(pool=str(pool), methods=("tree", "graph"), **settings))
 
 
 def knowing(pool, lengths, rounds=None, fastest=2, **facts):

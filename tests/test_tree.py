@@ -1,6 +1,7 @@
 """Token trees: drafted rightly, which verification would hide, and never worse than the chain of their depth."""
 
 import random
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from toys import prompt_of
 
 from jaxspec import verify
 from jaxspec.ancestry import ancestry, depths
-from jaxspec.drafters import tree_drafter
+from jaxspec.drafters import graph_drafter, merged_tree_drafter, tree_drafter
 from jaxspec.drafters.beam import search
 from jaxspec.drafters.lm import LMDrafterParams, model
 from jaxspec.drafters.tree import candidates, greedy_first, likeliest
@@ -22,8 +23,26 @@ from jaxspec.transformer import forward, prefill, unembed
 from jaxspec.types import SpecParams
 
 NODES, DEPTH, BEAM, SLOTS = 8, 3, 2, 64
-TREE = engine(tree_drafter(TARGET, NODES, depth=DEPTH, beam=BEAM))
 OWN = LMDrafterParams(NEAR)
+DRAFTERS = {
+    "tree": tree_drafter,
+    "graph": partial(graph_drafter, ancestors=0),
+    "merged trees": merged_tree_drafter,
+}
+
+
+@cache
+def program(name: str):
+    """Serves greedy rows, too."""
+    return engine(DRAFTERS[name](TARGET, NODES, depth=DEPTH, beam=BEAM), verify.gumbel)
+
+
+def params(name: str, weights):
+    """Of a drafter, or of two of which the first has the weights."""
+    return LMDrafterParams(weights) if name != "merged trees" else (LMDrafterParams(weights), LMDrafterParams(OTHER))
+
+
+OTHER = jax.tree.map(lambda x: x + 0.1 * x.std() * jnp.cos(jnp.arange(x.size)).reshape(x.shape), PARAMS)
 
 
 def drafted(found):
@@ -48,15 +67,19 @@ def test_lineage_is_the_way_up():
 
 @pytest.fixture(scope="module")
 def rounds():
-    """States of four rows, before and after each of three rounds, and what was proposed in each; by one program."""
+    """Three rounds of trees."""
+    return rounds_of(tree_drafter(TARGET, NODES, depth=DEPTH, beam=BEAM), OWN, 3)
+
+
+def rounds_of(own, own_params, number: int):
+    """States of four rows, before and after each of so many rounds, and what was proposed in each; by one program."""
     padded = np.array([np.pad(ids, (0, 14 - len(ids))) for ids in PROMPTS])
     prompt = prompt_of(padded, limit=BUDGET)._replace(length=jnp.array([len(ids) for ids in PROMPTS]))
-    own = tree_drafter(TARGET, NODES, depth=DEPTH, beam=BEAM)
     spec = speculator(lm_target(TARGET), own, verify.greedy, stop_tokens=())
-    params = SpecParams(PARAMS, OWN)
+    params = SpecParams(PARAMS, own_params)
     begin = lambda: spec.init(params, prompt, lm_target(TARGET).init(PARAMS, prompt, SLOTS)[0], None, SLOTS)
     states, infos, step = [jax.jit(begin)()], [], jax.jit(spec.step)
-    for _ in range(3):
+    for _ in range(number):
         state, info = step(params, states[-1])
         states.append(state)
         infos.append(info)
@@ -146,37 +169,44 @@ def test_the_tree_is_the_best_of_what_the_beam_met(rounds):
         assert found.score[row, np.array(chosen)].min() >= found.score[row, rest].max()
 
 
-def test_a_drafter_that_is_the_target_loses_nothing():
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_drafter_that_is_the_target_loses_nothing(name):
     """Kept to its last level in every round, also in a row of one token, whose opening reads before its beginning."""
-    for own, ids in zip(answer(TREE, LMDrafterParams(PARAMS)), PROMPTS, strict=True):
+    for own, ids in zip(answer(program(name), params(name, PARAMS)), PROMPTS, strict=True):
+        counts = own.counts
         assert own.ids == plain_greedy(ids)
-        assert own.counts.num_drafts == -(-len(own.ids) // (DEPTH + 1))
-        assert (own.counts.accepted_by_position == own.counts.drafted_by_position).all()
+        assert counts.num_drafts == -(-len(own.ids) // (DEPTH + 1))
+        assert (counts.accepted_by_position == counts.drafted_by_position)[:DEPTH].all()
 
 
-def test_greedy_equals_plain_decoding_and_no_row_needs_more_rounds_than_with_the_chain():
-    trees, chains = answer(TREE, OWN), answer(NEARLY, OWN)
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_greedy_equals_plain_decoding_and_no_row_needs_more_rounds_than_with_the_chain(name):
+    trees, chains = answer(program(name), params(name, NEAR)), answer(NEARLY, OWN)
     for own, ids in zip(trees, PROMPTS, strict=True):
         assert own.ids == plain_greedy(ids)
         assert own.counts.num_verified_nodes == NODES * own.counts.num_drafts
-        assert own.counts.num_drafter_calls == DEPTH * own.counts.num_drafts
+        assert own.counts.num_drafter_calls == DEPTH * (1 + (name == "merged trees")) * own.counts.num_drafts
     fewer = [b.counts.num_drafts - a.counts.num_drafts for a, b in zip(trees, chains, strict=True)]
     assert min(fewer) >= 0 and sum(fewer) > 0
-    assert drafted(answer(TREE, OWN, draft_limit=DEPTH)) == drafted(chains)  # what is left of a tree is the chain
-    assert [own.ids for own in answer(TREE, OWN, draft_limit=0)] == [own.ids for own in trees]
-    assert TREE.programs.chunk._cache_size() == 1
+    limited = lambda limit: answer(program(name), params(name, NEAR), draft_limit=limit)
+    assert drafted(limited(DEPTH)) == drafted(chains)  # what is left of a tree is the chain
+    assert [own.ids for own in limited(0)] == [own.ids for own in trees]
+    assert program(name).programs.chunk._cache_size() == 1
 
 
-def test_a_row_does_not_see_its_batch():
-    together = answer(TREE, OWN)
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_row_does_not_see_its_batch(name):
+    with_prompts = lambda prompts: answer(program(name), params(name, NEAR), prompts)
+    together = with_prompts(PROMPTS)
     for i in (0, 3):
-        again = answer(TREE, OWN, [PROMPTS[2] if j != i else PROMPTS[i] for j in range(4)])
+        again = with_prompts([PROMPTS[2] if j != i else PROMPTS[i] for j in range(4)])
         assert (again[i].ids, drafted(again)[i]) == (together[i].ids, drafted(together)[i])
 
 
-def test_under_gumbel_coupling_text_is_that_of_the_noise_whatever_is_drafted():
-    own = engine(tree_drafter(TARGET, NODES, depth=DEPTH, beam=BEAM), verify.gumbel)
-    found, silent = (answer(own, OWN, temperature=0.4, draft_limit=limit) for limit in (NODES, 0))
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_under_gumbel_coupling_text_is_that_of_the_noise_whatever_is_drafted(name):
+    sampled = partial(answer, program(name), params(name, NEAR), temperature=0.4)
+    found, silent = (sampled(draft_limit=limit) for limit in (NODES, 0))
     assert sum(each.counts.num_accepted_tokens for each in found) > 0
     assert [each.ids for each in found] == [each.ids for each in silent]
 

@@ -50,6 +50,8 @@ METHODS = (
     "ngram",
     "multi-draft",
     "tree",
+    "graph",
+    "merged-trees",
     *ONLINE,
     *MERGED,
 )
