@@ -1,5 +1,7 @@
 """Token trees: drafted rightly, which verification would hide, and never worse than the chain of their depth."""
 
+import dataclasses
+import itertools
 import random
 from functools import cache, partial
 
@@ -8,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_decoding import BUDGET, DRAFT, NEAR, NEARLY, PARAMS, PROMPTS, SMALL, TARGET, answer, engine, plain_greedy
-from toys import prompt_of
+from test_lossless import LAWS, code, emitted, every_draft, language, likelihoods, texts
+from toys import SETTINGS, prompt_of
 
 from jaxspec import verify
 from jaxspec.ancestry import ancestry, depths
@@ -19,8 +22,8 @@ from jaxspec.drafters.tree import candidates, greedy_first, likeliest
 from jaxspec.requests import MAX_NODES, room_of, slack
 from jaxspec.speculate import speculator
 from jaxspec.target import lm_target
-from jaxspec.transformer import forward, prefill, unembed
-from jaxspec.types import SpecParams
+from jaxspec.transformer import forward, init, prefill, unembed
+from jaxspec.types import SpecParams, Verdict
 
 NODES, DEPTH, BEAM, SLOTS = 8, 3, 2, 64
 OWN = LMDrafterParams(NEAR)
@@ -37,12 +40,21 @@ def program(name: str):
     return engine(DRAFTERS[name](TARGET, NODES, depth=DEPTH, beam=BEAM), verify.gumbel)
 
 
-def params(name: str, weights):
+def near(weights):
+    """Weights not far from these."""
+    return jax.tree.map(lambda x: x + 0.1 * x.std() * jnp.cos(jnp.arange(x.size)).reshape(x.shape), weights)
+
+
+def params(name: str, weights, other=None):
     """Of a drafter, or of two of which the first has the weights."""
-    return LMDrafterParams(weights) if name != "merged trees" else (LMDrafterParams(weights), LMDrafterParams(OTHER))
+    one = LMDrafterParams(weights)
+    return (one, LMDrafterParams(OTHER if other is None else other)) if name == "merged trees" else one
 
 
-OTHER = jax.tree.map(lambda x: x + 0.1 * x.std() * jnp.cos(jnp.arange(x.size)).reshape(x.shape), PARAMS)
+OTHER = near(PARAMS)
+FEW = dataclasses.replace(TARGET, vocab_size=6)  # whose texts repeat
+FEW_PARAMS = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, init(FEW, jax.random.key(0)))
+FEW_OTHER = near(FEW_PARAMS)
 
 
 def drafted(found):
@@ -177,6 +189,69 @@ def test_a_drafter_that_is_the_target_loses_nothing(name):
         assert own.ids == plain_greedy(ids)
         assert counts.num_drafts == -(-len(own.ids) // (DEPTH + 1))
         assert (counts.accepted_by_position == counts.drafted_by_position)[:DEPTH].all()
+
+
+def onward(name: str, rows_of, number: int):
+    """Drafts so many times behind texts of few tokens, of which each goes on along the window rows `rows_of(state, draft)`.
+
+    Yields the state that proposed, the draft, and the one of a drafter that begins with the text.
+    """
+    own, weights = DRAFTERS[name](FEW, 30, depth=DEPTH, beam=4), params(name, FEW_PARAMS, FEW_OTHER)
+    tokens, length = np.zeros((4, SLOTS), np.int32), np.full(4, 3)
+    tokens[:, :3] = np.random.default_rng(0).integers(FEW.vocab_size, size=(4, 3))
+    begin = jax.jit(lambda prompt: own.init(weights, prompt, SLOTS))
+    propose = jax.jit(lambda state, *text: own.propose(weights, state, *text, None, None))
+    prompt = lambda: prompt_of(tokens, limit=1)._replace(length=jnp.asarray(length))
+    state = begin(prompt())
+    for _ in range(number):
+        (draft, state), (fresh, _) = propose(state, tokens, length), propose(begin(prompt()), tokens, length)
+        yield state, draft, fresh
+        path, emitted = np.zeros((4, 31), np.int32), np.zeros(4, np.int32)
+        for row, end in enumerate(rows_of(state, draft)):
+            way = sorted(way_up(np.asarray(draft.parents)[row].tolist(), end))
+            path[row, : len(way)], emitted[row] = way, len(way)
+            said = [*np.asarray(draft.tokens)[row, np.array(way[1:], int) - 1], 0]
+            tokens[row, length[row] : length[row] + len(way)] = said
+        length = length + emitted
+        verdict = Verdict(
+            jnp.zeros((4, 31), jnp.int32), jnp.asarray(emitted), jnp.asarray(emitted) - 1, jnp.asarray(path)
+        )
+        state = own.commit(weights, state, verdict, None)
+
+
+def anywhere(draw: random.Random):
+    """Every text goes on along some window row of its own."""
+    return lambda state, draft: [draw.randrange(31) for _ in range(4)]
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_what_is_drafted_depends_on_the_text_alone(name):
+    """Whatever was accepted, a drafter goes on as one that begins with the text: its caches hold that and nothing else."""
+    for _, draft, fresh in onward(name, anywhere(random.Random(0)), 6):
+        jax.tree.map(np.testing.assert_array_equal, draft, fresh)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_the_trees_that_are_drafted_leave_the_targets_law(name, setting):
+    p = language(3, 3, setting)
+    expected = likelihoods(p, texts(3, 5)).prod(1)
+    for (parents, tokens), law in itertools.product(small_trees(name), LAWS.values()):
+        found = emitted(law, every_draft(3, 4, parents, 4), p, parents, 4)[code(np.array(tokens), 3)]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@cache
+def small_trees(name: str) -> set[tuple]:
+    """Parents and tokens of what is drafted of three tokens."""
+    three = dataclasses.replace(FEW, vocab_size=3)
+    one, other = (jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, init(three, jax.random.key(i))) for i in (0, 1))
+    own, weights = DRAFTERS[name](three, 4, depth=2, beam=2), params(name, one, other)
+    prompt = prompt_of(np.array(list(np.ndindex(3, 3, 3)))[::3], limit=1)
+    text = jnp.pad(prompt.tokens, ((0, 0), (0, 29)))
+    propose = lambda: own.propose(weights, own.init(weights, prompt, 32), text, prompt.length, None, None)[0]
+    draft = jax.tree.map(np.asarray, jax.jit(propose)())
+    return {tuple(tuple(row.tolist()) for row in both) for both in zip(draft.parents, draft.tokens, strict=True)}
 
 
 @pytest.mark.parametrize("name", DRAFTERS)

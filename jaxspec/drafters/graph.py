@@ -141,9 +141,11 @@ def once_each(
     above = own[..., : memory.above.shape[-1]]
     grams = behind(children, above).reshape(batch, beam**2, -1)
     known = (same(grams, read) & ~jnp.repeat(seen, beam, axis=1)).any(-1)
+    known = known.at[:, 0].set(False)  # the greedy chain is read in any case
     preferred = score.at[:, 0, 0].set(0.0).reshape(batch, -1)
     rank = jnp.argsort(jnp.argsort(-preferred, axis=-1), axis=-1)
-    twice = (same(grams, grams) & (rank[:, None] < rank[:, :, None])).any(-1)
+    likelier = (rank[:, None] < rank[:, :, None]) & ~known[:, None]
+    twice = (same(grams, grams) & likelier).any(-1)
     new = jnp.where((known | twice).reshape(score.shape), -jnp.inf, score)
     chosen, _ = by_score((), level, tokens, children, new, seen)
     return chosen, Grams(jnp.take_along_axis(above, chosen[..., None] // beam, axis=1), read)
