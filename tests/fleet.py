@@ -18,7 +18,7 @@ import numpy as np
 from jaxspec import align, sharding, verify
 from jaxspec.adapters import Stacked, Whole, init_bank, merge, stack, with_base
 from jaxspec.align import Batch
-from jaxspec.drafters import lm_drafter, multi_drafter, silent_drafter, tree_drafter
+from jaxspec.drafters import graph_drafter, lm_drafter, multi_drafter, silent_drafter, tree_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
 from jaxspec.requests import Request, room_of
@@ -57,6 +57,7 @@ CASES = {
         verify.recursive, "gathered", True, drafter=lambda k: multi_drafter(DRAFT, k, 2, "without-replacement")
     ),
     "tree": Case(verify.rejection, "gathered", True, 6, lambda k: tree_drafter(DRAFT, k, depth=3, beam=2)),
+    "graph": Case(verify.gumbel, "gathered", True, 6, lambda k: graph_drafter(DRAFT, k, depth=3, beam=2)),
     "silent": Case(verify.greedy, "none", False, drafted=0),
 }
 

@@ -25,6 +25,7 @@ ALLOWED = {
     "multidraft": set(),
     "drafters": {
         "types",
+        "ancestry",
         "attention",
         "sampling",
         "transformer",

@@ -24,7 +24,7 @@ TWO = LMDrafterParams(FEW_PARAMS), LMDrafterParams(FEW_OTHER)
 
 def test_a_second_drafter_that_is_the_target_loses_nothing():
     """Sure of itself beside one that finds everything equally likely, so that its chain is among what is verified."""
-    sure = PARAMS | {"head": {"kernel": 8 * PARAMS["head"]["kernel"]}}
+    sure = PARAMS | {"head": {"kernel": 1000 * PARAMS["head"]["kernel"]}}
     both = LMDrafterParams(jax.tree.map(jnp.zeros_like, PARAMS)), LMDrafterParams(sure)
     for own, ids in zip(answer(program("merged trees"), both), PROMPTS, strict=True):
         assert own.ids == plain_greedy(ids)
