@@ -104,7 +104,7 @@ def search(
     first, gain = _likeliest_tokens(say(last), beam)
     start = cache, first, gain, jnp.zeros((batch, beam, slots), bool), memory
     (cache, *_, memory), levels = jax.lax.scan(expand, start, jnp.arange(depth - 1))
-    return _met(first, gain, levels), cache, memory
+    return gathered(first, gain, levels), cache, memory
 
 
 def _likeliest_tokens(logits: Array, number: int) -> tuple[Array, Array]:
@@ -114,7 +114,7 @@ def _likeliest_tokens(logits: Array, number: int) -> tuple[Array, Array]:
     return tokens.astype(jnp.int32), jnp.minimum(best - mass, 0.0)  # rounding must set no child above its parent
 
 
-def _met(first: Array, gain: Array, levels: tuple[Array, Array, Array]) -> Met:
+def gathered(first: Array, gain: Array, levels: tuple[Array, Array, Array]) -> Met:
     """Of the root's children, and `levels` of children, scores and which of them were expanded next."""
     batch, beam = first.shape
     children, scores, chosen = (jnp.moveaxis(leaf, 0, 1) for leaf in levels)  # [B, levels, ...]
