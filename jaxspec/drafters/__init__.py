@@ -1,5 +1,6 @@
 """Ways of drafting, one file each; every factory returns a `jaxspec.types.Drafter`."""
 
+from jaxspec.drafters.adaptive import adaptive_drafter as adaptive_drafter
 from jaxspec.drafters.graph import graph_drafter as graph_drafter
 from jaxspec.drafters.hedge import hedged as hedged
 from jaxspec.drafters.lm import lm_drafter as lm_drafter
