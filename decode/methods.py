@@ -15,6 +15,7 @@ from decode.rivals import Contender
 from decode.settings import Bench
 from jaxspec import serving
 from jaxspec.config import UserError
+from jaxspec.drafters.adaptive import WIDEST
 from jaxspec.drafters.beam import met
 from jaxspec.engine import Engine, Method
 from jaxspec.requests import MAX_DRAFT, MAX_NODES
@@ -179,6 +180,11 @@ def _merged_trees(setting: Setting) -> Engine:
     return serving.uniting(setting.pool, of.nodes, setting.rule, depth=of.depth, beam=of.beam, **setting.shape)
 
 
+def _tables(setting: Setting) -> Engine:
+    of = setting.config
+    return serving.adapting(setting.pool, of.nodes, setting.rule, depth=of.depth, beam=of.beam, **setting.shape)
+
+
 def _several(setting: Setting) -> Engine:
     of, k = setting.config, setting.length
     return serving.several(setting.pool, k, drafts(of, k), of.several, setting.rule, **setting.shape)
@@ -192,6 +198,15 @@ def drafts(config: Bench, k: int) -> int:
             f"{k} and {MAX_DRAFT}; give another number, or --num-speculative-tokens"
         )
     return config.drafts
+
+
+def check_table(config: Bench) -> None:
+    """Raises UserError where trigram tables cannot fill a tree of these settings."""
+    check_tree(config)
+    if config.beam > WIDEST:
+        raise UserError(
+            f"--beam {config.beam} will not do; `adaptive` knows at most {WIDEST} successors of two tokens, give no more"
+        )
 
 
 def check_tree(config: Bench) -> None:
@@ -224,6 +239,7 @@ RECIPES = {
     "online": Recipe(partial(_online, None), _hedges),
     "online-wrong": Recipe(partial(_online, "wrong"), _hedges),
     "ngram": Recipe(partial(_always, "ngram"), _lookups),
+    "adaptive": Recipe(partial(_always, "adaptive"), _tables, lambda config: config.nodes, check_table),
     "multi-draft": Recipe(_routed, _several),
     "tree": Recipe(_routed, _trees, lambda config: config.nodes, check_tree),
     "graph": Recipe(_routed, _graphs, lambda config: config.nodes, check_graph),

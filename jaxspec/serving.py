@@ -13,6 +13,7 @@ from jaxspec import recording, router, shift, verify
 from jaxspec.adapters import Bank, Stacked, Whole, stack, with_base
 from jaxspec.attention import Attend, fastest
 from jaxspec.drafters import (
+    adaptive_drafter,
     graph_drafter,
     hedged,
     lm_drafter,
@@ -91,6 +92,11 @@ def looking_up(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", **
     return _engine(pool, ngram_drafter(num_speculative_tokens), rule, **shape)
 
 
+def adapting(pool: Pool, num_nodes: int, rule: str = "greedy", *, depth: int, beam: int = 4, **shape: Any) -> Engine:
+    """Speculative decoding with token trees of trigram tables, see `drafters.adaptive`; `room` as of `branching`."""
+    return _engine(pool, adaptive_drafter(num_nodes, depth=depth, beam=beam), rule, **shape)
+
+
 def several(
     pool: Pool, num_speculative_tokens: int, drafts: int, way: str, rule: str = "greedy", **shape: Any
 ) -> Engine:
@@ -157,8 +163,11 @@ def autoregressive(pool: Pool, width: int, rule: str = "greedy", **shape: Any) -
 
 @lru_cache(maxsize=8)
 def always(pool: Pool, name: str, slots: int) -> Method:
-    """One without weights, `autoregressive` or `ngram`, or the drafter of that name: the same for every prompt."""
-    params = () if name in ("autoregressive", "ngram") else LMDrafterParams(laid(pool.drafter(name), slots))
+    """One without weights, `autoregressive`, `ngram` or `adaptive`, or the drafter of that name: the same for every prompt."""
+    if name == "adaptive":
+        params = pool.trigrams
+    else:
+        params = () if name in ("autoregressive", "ngram") else LMDrafterParams(laid(pool.drafter(name), slots))
     return Method(name, unrouted, lambda routes: params)
 
 

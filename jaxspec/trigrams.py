@@ -5,7 +5,7 @@ fades by as much, a successor by giving way to a new one where it is the least o
 wants when nothing is left of it. Source: ADED, https://arxiv.org/abs/2407.12021, whose tables are dictionaries on the host.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,9 @@ import numpy as np
 from jax import Array
 
 SUCCESSORS = 12  # of a bigram
-GAIN, MOST = 0.04, 3.0  # weight that a trigram gains each time that it is met, and the most that it can have
+# Weight that a trigram gains each time that it is said, and the most that it can have. The source gives 0.04 in every round
+# that a trigram is among the last 16 tokens, which are some five rounds.
+GAIN, MOST = 0.2, 3.0
 LEAST = 1 << 16  # buckets of a table that is to learn further texts
 NOBODY = -1  # in place of the token before a text's first, and of the bigram of an empty bucket
 
@@ -47,23 +49,33 @@ def counted(texts: Iterable[Any], least: int = LEAST) -> Trigrams:
     """
     rows = [np.lib.stride_tricks.sliding_window_view([NOBODY, *text], 3) for text in texts if len(text) > 1]
     every = np.concatenate(rows) if rows else np.zeros((0, 3), np.int64)
+    known, total = _shares(every.astype(np.int32))
+    buckets = max(least, 1 << (2 * len(total) - 1).bit_length())
+    rare_first = np.argsort(total, kind="stable")
+    at = _bucket(known[0][rare_first], buckets)
+
+    def put(values: np.ndarray, blank: int) -> Array:
+        leaf = np.full((buckets, *values.shape[1:]), blank, values.dtype)
+        leaf[at] = values[rare_first]  # of those that share a bucket the last stays
+        return jnp.asarray(leaf)
+
+    return Trigrams(*map(put, known, (NOBODY, 0, 0)))
+
+
+def _shares(every: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    """Of trigrams `[n, 3]` the leaves of a table in which no two bigrams share a bucket, and how often each was met."""
     trigrams, count = np.unique(every, axis=0, return_counts=True)
     bigrams, begin, own = np.unique(trigrams[:, :2], axis=0, return_index=True, return_inverse=True)
-    own = own.reshape(-1)
-    order = np.lexsort((-count, own))
-    rank = np.arange(len(order)) - begin[own]  # sorted within a bigram, which stands where it stood
+    own = own.reshape(-1)  # ascending, as trigrams are
     total = np.bincount(own, count, len(bigrams))
+    order = np.lexsort((-count, own))
+    rank = np.arange(len(own)) - begin[own]
     kept, place = order[rank < SUCCESSORS], rank[rank < SUCCESSORS]
     tokens = np.zeros((len(bigrams), SUCCESSORS), np.int32)
     weight = np.zeros((len(bigrams), SUCCESSORS), np.float32)
     tokens[own[kept], place] = trigrams[kept, 2]
     weight[own[kept], place] = count[kept] / total[own[kept]]
-    table = jax.tree.map(np.array, empty(max(least, 1 << (2 * len(bigrams)).bit_length())))
-    rare_first = np.argsort(total, kind="stable")
-    at = np.asarray(_bucket(jnp.asarray(bigrams[rare_first], jnp.int32), len(table.bigram)))
-    for leaf, values in zip(table, (bigrams, tokens, weight), strict=True):
-        leaf[at] = values[rare_first]  # of those that share a bucket the last stays
-    return jax.tree.map(jnp.asarray, table)
+    return (bigrams, tokens, weight), total
 
 
 def learnt(table: Trigrams, text: Array, number: Array, *, gain: float = GAIN) -> Trigrams:
@@ -87,6 +99,30 @@ def learnt(table: Trigrams, text: Array, number: Array, *, gain: float = GAIN) -
     return jax.lax.scan(learn, table, jnp.arange(text.shape[0] - 2))[0]
 
 
+class Growing:
+    """A table that learns finished texts between requests; `params` gives the newest, as a method's `drafter_params` does.
+
+    What is drafted then depends on the texts before, and so does what p/q rejection samples; greedy and Gumbel text does not.
+    """
+
+    def __init__(self, table: Trigrams):
+        self.table = table
+
+    def saw(self, ids: Sequence[int]) -> None:
+        """A text, prompt and answer, has ended."""
+        text = np.full(max(32, 1 << len(ids).bit_length()), NOBODY, np.int32)  # one program for texts of like lengths
+        text[1 : len(ids) + 1] = ids
+        self.table = _learnt(self.table, text, np.int32(len(ids) - 1))
+
+    def params(self, routes: Any) -> Trigrams:
+        """The table, whatever the routes."""
+        del routes
+        return self.table
+
+
+_learnt: Callable[..., Trigrams] = jax.jit(learnt)
+
+
 def looked_up(table: Trigrams, bigram: Array) -> tuple[Array, Array]:
     """Successors of `bigram [2]` and their weights, both `[S]`; no weight where it is not known."""
     bucket = _bucket(bigram, len(table.bigram))
@@ -94,9 +130,9 @@ def looked_up(table: Trigrams, bigram: Array) -> tuple[Array, Array]:
     return table.tokens[bucket], jnp.where(own, table.weight[bucket], 0.0)
 
 
-def _bucket(bigram: Array, buckets: int) -> Array:
-    """`bigram [..., 2]` -> `[...]`, evenly for neighbouring ids as well."""
-    first, second = bigram[..., 0].astype(jnp.uint32), bigram[..., 1].astype(jnp.uint32)
-    mixed = (first * jnp.uint32(0x9E3779B1) ^ second) * jnp.uint32(0x85EBCA6B)
-    mixed = (mixed ^ mixed >> 15) * jnp.uint32(0xC2B2AE35)
-    return ((mixed ^ mixed >> 16) % jnp.uint32(buckets)).astype(jnp.int32)
+def _bucket(bigram: Any, buckets: int) -> Any:
+    """`bigram [..., 2]`, of numpy or JAX, -> `[...]`; evenly for neighbouring ids as well."""
+    first, second = bigram[..., 0].astype(np.uint32), bigram[..., 1].astype(np.uint32)
+    mixed = (first * np.uint32(0x9E3779B1) ^ second) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ mixed >> 15) * np.uint32(0xC2B2AE35)
+    return ((mixed ^ mixed >> 16) % np.uint32(buckets)).astype(np.int32)

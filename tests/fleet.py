@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import align, sharding, verify
+from jaxspec import align, sharding, trigrams, verify
 from jaxspec.adapters import Stacked, Whole, init_bank, merge, stack, with_base
 from jaxspec.align import Batch
-from jaxspec.drafters import graph_drafter, lm_drafter, multi_drafter, silent_drafter, tree_drafter
+from jaxspec.drafters import adaptive_drafter, graph_drafter, lm_drafter, multi_drafter, silent_drafter, tree_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
 from jaxspec.requests import Request, room_of
@@ -38,7 +38,7 @@ ROUTES = [0, 1, 2, -1, 0, 1, 2, -1]
 
 
 class Case(NamedTuple):
-    """A way of decoding: its law, its rows' adapters (none, `gathered`, `side by side` or `whole`), whether rows sample."""
+    """A way of decoding: its law, its rows' adapters (`gathered`, `side by side`, `whole`, none) or table, whether they sample."""
 
     law: Any
     adapters: str
@@ -58,6 +58,7 @@ CASES = {
     ),
     "tree": Case(verify.rejection, "gathered", True, 6, lambda k: tree_drafter(DRAFT, k, depth=3, beam=2)),
     "graph": Case(verify.gumbel, "gathered", True, 6, lambda k: graph_drafter(DRAFT, k, depth=3, beam=2)),
+    "adaptive": Case(verify.rejection, "trigrams", True, 6, lambda k: adaptive_drafter(k, depth=3, beam=2)),
     "silent": Case(verify.greedy, "none", False, drafted=0),
 }
 
@@ -76,6 +77,8 @@ def weights(adapters: str) -> SpecParams:
     """Random weights whose texts vary, and a bank whose adapters matter."""
     strong = lambda tree: jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, tree)
     drawn = lambda config, seed: strong(jax.jit(init, static_argnums=0)(config, jax.random.key(seed)))
+    if adapters == "trigrams":
+        return SpecParams(drawn(TARGET, 0), trigrams.counted(np.random.default_rng(4).integers(8, 64, (1, 4000)), 64))
     draft = drawn(DRAFT, 1)
     bank = init_bank(draft, jax.random.key(2), tasks=3, rank=4)
     noise = lambda x: 0.2 * jax.random.normal(jax.random.key(3), x.shape)
@@ -90,7 +93,7 @@ def requests(case: Case, numbers=range(ROWS)) -> list[Request]:
     """Rows of different lengths; of those that sample, some are greedy and all have top-k and top-p."""
     settings = lambda i: {"temperature": i % 3 / 2, "top_k": 20, "top_p": 0.9} if case.sampled else {}
     ids = lambda i: tuple(np.random.default_rng(i).integers(8, 64, size=3 + i).tolist())
-    route = lambda i: ROUTES[i] if case.adapters != "none" else -1
+    route = lambda i: ROUTES[i] if case.adapters not in ("none", "trigrams") else -1
     return [Request(ids=ids(i), max_new_tokens=BUDGET, number=i, route=route(i), **settings(i)) for i in numbers]
 
 

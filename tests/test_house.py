@@ -23,6 +23,7 @@ ALLOWED = {
     "verify": {"types", "ancestry", "sampling"},
     "target": {"types", "ancestry", "attention", "sampling", "transformer"},
     "multidraft": set(),
+    "trigrams": set(),
     "drafters": {
         "types",
         "ancestry",
@@ -32,6 +33,7 @@ ALLOWED = {
         "adapters",
         "recording",
         "multidraft",
+        "trigrams",
         "drafters",
     },
     "speculate": {"types", "sampling", "verify"},
@@ -101,6 +103,7 @@ ALLOWED = {
         "align",
         "joining",
         "widening",
+        "trigrams",
     },
 }
 

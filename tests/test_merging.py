@@ -116,6 +116,8 @@ def test_extras_are_made_from_the_pool_and_measured_like_any_drafter(finished, o
         pool.drafter("merged-average")
     extras.run(dataclasses.replace(finished, out=str(out)))
     said = json.loads((out / "pool" / "extras.json").read_text())
+    table, counted = pool.trigrams, said.pop("adaptive")
+    assert counted["texts"] > 0 and (table.bigram[:, 1] >= 0).sum() == counted["bigrams"] > 0
     assert said.keys() == {"merged-average", "merged-awd", "merged-doge"}
     for own in said.values():
         scores = own["acceptance_length"]
@@ -128,6 +130,6 @@ def test_extras_are_made_from_the_pool_and_measured_like_any_drafter(finished, o
     (tmp_path / "eval.jsonl").write_text('{"prompt": "the cat sat on the mat"}\n')
     settings = {"passes": 1, "max_new_tokens": 8, "widths": (1,), "num_speculative_tokens": 2}
     where = {"pool": str(out / "pool"), "prompts": str(tmp_path / "eval.jsonl"), "json": str(tmp_path / "bench.json")}
-    bench.run(bench.Bench(**where, **settings, methods=tuple(said)))
+    bench.run(bench.Bench(**where, **settings, methods=("adaptive", *said)))
     row = json.loads((tmp_path / "bench.json").read_text())["tasks"]["all"]
     assert all(row[name]["equal_to_autoregressive"] == 1.0 and row[name]["draft_accuracy"] is not None for name in said)

@@ -1,9 +1,10 @@
-"""Adds controls to a finished pool: its specialists merged back into one drafter, by several methods.
+"""Adds to a finished pool what needs no training: controls, its specialists merged back into one drafter, and a trigram table.
 
     python -m train.extras --config configs/testbed.py --out runs/testbed ...
 
 Each method's coefficient is the one with the longest accepted drafts on the calibrate split. `decode.bench --methods
-merged-average merged-awd merged-doge` measures what was made.
+merged-average merged-awd merged-doge` measures what was made. The table is counted
+in the train split, prompts and the target's answers; `adaptive` in bench drafts with it.
 """
 
 from collections.abc import Callable
@@ -14,13 +15,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxspec import merging, sharding
+from jaxspec import merging, sharding, trigrams
 from jaxspec.adapters import added, updates
 from jaxspec.config import Experiment, command_line
 from jaxspec.forced import Judge
-from jaxspec.store.pool import EXTRAS, extra_file, load_pool
-from jaxspec.store.stages import manifest, read_arrays, write_json
-from jaxspec.store.traces import check_models, read_traces
+from jaxspec.store.pool import EXTRAS, TRIGRAMS, extra_file, load_pool
+from jaxspec.store.stages import manifest, read_arrays, write_arrays, write_json
+from jaxspec.store.traces import Traces, check_models, read_traces
 from jaxspec.store.trees import write_tree
 
 ARITHMETIC, DOGE = (0.125, 0.25, 0.5, 1.0), (0.07, 0.2, 0.6, 1.8)
@@ -28,14 +29,15 @@ K = 4  # drafted tokens that a merger is judged at
 
 
 def run(experiment: Experiment) -> None:
-    """Writes `merged-*.safetensors` and `extras.json` into `out/pool`."""
+    """Writes `trigrams.npz`, `merged-*.safetensors` and `extras.json` into `out/pool`."""
     manifest(experiment.out, "pool")
     check_models(experiment.out, target=experiment.target, draft=experiment.draft)
     places = {"target": experiment.target, "draft": experiment.draft, "mesh": sharding.asked(experiment.mesh)}
     pool = load_pool(str(Path(experiment.out, "pool")), **places)
     partition = read_arrays(Path(experiment.out, "partition", "partition.npz"))
-    judge = Judge(pool.pair, read_traces(experiment.out), partition, experiment.calibrate.texts)
-    said = {}
+    traces = read_traces(experiment.out)
+    said: dict[str, dict] = {"adaptive": _counted(pool.path / TRIGRAMS, traces, partition)}
+    judge = Judge(pool.pair, traces, partition, experiment.calibrate.texts)
     for name, candidates in _mergers(updates(pool.trunk, pool.bank)).items():
         scores = {}
         for scale, make in tqdm(candidates.items(), desc=name, unit="coefficient"):
@@ -49,6 +51,16 @@ def run(experiment: Experiment) -> None:
             f"extras: {name}: {max(scores.values()):.3f} tokens a round at K = {K}, coefficient {said[name]['coefficient']}"
         )
     write_json(pool.path / EXTRAS, said)
+
+
+def _counted(file: Path, traces: Traces, partition: dict) -> dict[str, int]:
+    """Counts the train split's trigrams and writes the table; what is said of it."""
+    texts = [traces.tokens[i] for i in np.flatnonzero(partition["split"] == 0)]
+    table = jax.tree.map(np.asarray, trigrams.counted(texts))
+    write_arrays(file, table._asdict())
+    known = int((table.bigram[:, 1] != trigrams.NOBODY).sum())
+    print(f"extras: adaptive: {known} bigrams of {len(texts)} texts in {len(table.bigram)} buckets")
+    return {"texts": len(texts), "tokens": sum(map(len, texts)), "bigrams": known, "buckets": len(table.bigram)}
 
 
 def _mergers(tau: merging.Updates) -> dict[str, dict[float, Callable[[], merging.Updates]]]:

@@ -20,6 +20,7 @@ from jaxspec.types import Draft, Drafter, Prompt
 
 BUCKETS = 1 << 10  # of a row's own table
 UNSEEN = GAIN  # weight of all that has not followed a bigram yet
+WIDEST = 2 * SUCCESSORS  # what two tables know of a bigram
 
 
 class AdaptiveState(NamedTuple):
@@ -45,8 +46,10 @@ def adaptive_drafter(
         ValueError: the tree has fewer nodes than levels, or more than the beam meets; a beam wider than the tables.
     """
     slots_of(num_nodes, depth, beam)
-    if beam > 2 * SUCCESSORS:
-        raise ValueError(f"a beam of {beam} is wider than two tables, which have {2 * SUCCESSORS} successors of a bigram")
+    if beam > WIDEST:
+        raise ValueError(
+            f"a beam of {beam} is wider than two tables, which know {WIDEST} successors of a bigram at most"
+        )
     learn = jax.vmap(lambda own, text, number: learnt(own, text, number, gain=gain))
     ends = jax.vmap(lambda text, at: jax.lax.dynamic_slice(text, (at,), (2,)))
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxspec import router, sharding, shift
+from jaxspec import router, sharding, shift, trigrams
 from jaxspec.adapters import Bank, Whole, init_bank, merge
 from jaxspec.config import UserError
 from jaxspec.joining import apart, joined_in_place, pays
@@ -23,7 +23,7 @@ from jaxspec.store.trees import read_tree
 from jaxspec.transformer import LMConfig, abstract
 from jaxspec.widening import outline, widened
 
-BANK, MIXED, TRUNK_FILE, ROUTER, TEST, POINTS, NORMAL, REPLAY, EXTRAS = (
+BANK, MIXED, TRUNK_FILE, ROUTER, TEST, POINTS, NORMAL, REPLAY, EXTRAS, TRIGRAMS = (
     "bank.safetensors",
     "mixed.safetensors",
     "trunk.safetensors",
@@ -33,6 +33,7 @@ BANK, MIXED, TRUNK_FILE, ROUTER, TEST, POINTS, NORMAL, REPLAY, EXTRAS = (
     "normal.npz",
     "replay.npz",
     "extras.json",
+    "trigrams.npz",
 )
 
 
@@ -48,6 +49,7 @@ METHODS = (
     "wrong",
     "oracle",
     "ngram",
+    "adaptive",
     "multi-draft",
     "tree",
     "graph",
@@ -112,6 +114,19 @@ class Pool:
                 f"{self.path} has no drafter {name!r}; `python -m train.extras` with the pool's flags makes it"
             )
         return _like(read_tree(file, self.pair.draft.params), self.pair.draft.params)
+
+    @property
+    def trigrams(self) -> trigrams.Trigrams:
+        """The table that `train.extras` has counted, or else one that knows nothing yet."""
+        file = self.path / TRIGRAMS
+        arrays = read_arrays(file) if file.exists() else trigrams.empty()._asdict()
+        missing = {*trigrams.Trigrams._fields} - {*arrays}
+        if missing:
+            raise UserError(
+                f"{file} is damaged (it lacks {', '.join(sorted(missing))}); remove it, which leaves an empty table, or run "
+                "`python -m train.extras` again"
+            )
+        return _whole(trigrams.Trigrams(**jax.tree.map(jnp.asarray, arrays)), self.mesh)
 
 
 def extra_file(folder: Path, name: str) -> Path:
@@ -294,7 +309,7 @@ def _check_model(name: str, model: Model, facts: dict, remedy: str) -> None:
 
 def _with_pair(folder: Path, facts: dict, digest: str, pair: Pair, mesh: Mesh | None) -> Pool:
     """The pool of models that are read already."""
-    whole = lambda tree: tree if mesh is None else sharding.place(tree, sharding.param_specs(tree, "drafter"), mesh)
+    whole = lambda tree: _whole(tree, mesh)
     shape = router.abstract(pair.target.config.feature_width, facts["router_hidden"], len(facts["tasks"]))
     return Pool(
         folder,
@@ -308,6 +323,11 @@ def _with_pair(folder: Path, facts: dict, digest: str, pair: Pair, mesh: Mesh | 
         mesh,
         _normal(folder / NORMAL),
     )
+
+
+def _whole(tree: Any, mesh: Mesh | None) -> Any:
+    """The tree on every device of the mesh."""
+    return tree if mesh is None else sharding.place(tree, sharding.param_specs(tree, "drafter"), mesh)
 
 
 def _normal(file: Path) -> shift.Normal | None:
