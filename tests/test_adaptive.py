@@ -116,10 +116,10 @@ def test_finished_texts_teach_what_rows_share():
 def test_the_beam_finds_the_likeliest_nodes_of_both_tables():
     """Against a search of every node, with scores of its own."""
     rng = np.random.default_rng(1)
-    shared = trigrams.counted([rng.integers(0, 5, size=200)], 1 << 10)
-    own = learnt(*rng.integers(0, 5, size=60).tolist())
+    shared = trigrams.counted([rng.integers(0, 4, size=200)], 1 << 10)
+    own = learnt(*rng.integers(0, 4, size=60).tolist())
     state = AdaptiveState(jax.tree.map(lambda leaf: leaf[None], own), jnp.array([[1, 2]]))
-    found = jax.jit(lambda: search(shared, state, depth=2, beam=12))()
+    found = jax.jit(lambda: search(shared, state, depth=3, beam=16))()
 
     def log_p(*bigram) -> dict[int, float]:
         weight = Counter(said(shared, *bigram)) + Counter(said(own, *bigram))
@@ -128,10 +128,12 @@ def test_the_beam_finds_the_likeliest_nodes_of_both_tables():
     first = log_p(1, 2)
     every = {(token,): score for token, score in first.items()}
     every |= {(a, b): own + score for a, own in first.items() for b, score in log_p(2, a).items()}
+    pairs = [way for way in every if len(way) == 2]
+    every |= {(*own, c): every[own] + score for own in pairs for c, score in log_p(*own).items()}
     tokens, score, parent = (np.asarray(leaf)[0] for leaf in (found.tokens, found.score, found.parent))
     way = lambda node: (*way(parent[node]), int(tokens[node])) if node else ()
     met = {way(node): score[node] for node in range(1, len(score)) if np.isfinite(score[node])}
-    assert met == pytest.approx(every, abs=1e-5) and len(every) > 20
+    assert met == pytest.approx(every, abs=1e-5) and len(every) > 60
 
 
 @pytest.mark.parametrize("gain", [0.0, GAIN])

@@ -108,11 +108,13 @@ def test_a_number_of_drafts_that_slots_have_no_room_for_is_told(drafts, k):
             "a --beam of 3 and --depth 2 meet 12 tokens, too few for --nodes 16; raise beam or depth",
         ),
         ({"ancestors": -1}, "--ancestors -1 will not do; give a whole number from 0"),
+        ({"methods": ("adaptive",), "nodes": 5}, "--nodes 5 --depth 6 --beam 4 will not do"),
+        ({"methods": ("adaptive",), "beam": 25}, "--beam 25 will not do; `adaptive` knows at most 24 successors"),
     ],
 )
 def test_a_tree_that_cannot_be_is_refused(pool, settings, said):
     with pytest.raises(UserError, match=said):
-        run(Bench(pool=str(pool), methods=("tree", "graph"), **settings))
+        run(Bench(pool=str(pool), **({"methods": ("tree", "graph")} | settings)))
 
 
 def knowing(pool, lengths, rounds=None, fastest=2, **facts):

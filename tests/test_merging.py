@@ -14,6 +14,7 @@ from jaxspec import merging
 from jaxspec.adapters import Whole, added, init_bank, merge, updates
 from jaxspec.config import UserError
 from jaxspec.store.pool import load_pool
+from jaxspec.store.stages import write_arrays
 from tests import fleet
 from train import extras
 
@@ -127,6 +128,12 @@ def test_extras_are_made_from_the_pool_and_measured_like_any_drafter(finished, o
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), pool.drafter("merged-average"), added(trunk, mean)
     )
+    file = out / "pool" / "trigrams.npz"
+    whole = file.read_bytes()
+    write_arrays(file, {"bigram": np.asarray(table.bigram), "tokens": np.asarray(table.tokens)})
+    with pytest.raises(UserError, match=r"lacks weight.*remove it, which leaves an empty table"):
+        assert pool.trigrams
+    file.write_bytes(whole)
     (tmp_path / "eval.jsonl").write_text('{"prompt": "the cat sat on the mat"}\n')
     settings = {"passes": 1, "max_new_tokens": 8, "widths": (1,), "num_speculative_tokens": 2}
     where = {"pool": str(out / "pool"), "prompts": str(tmp_path / "eval.jsonl"), "json": str(tmp_path / "bench.json")}
