@@ -147,7 +147,7 @@ def _filled(own: Subject, drafter: Drafter, rule: Any, drafting: Drafting | None
     requests = [Request(ids=ids, max_new_tokens=load.budget, number=i, **sampling) for i in range(own.slots)]
     routes = drafting.routes if drafting else (-1,) * own.slots
     prompt = as_prompt(requests, own.slots, bucket_of(load.context), routes)
-    row, _ = fill.prefill(own.read, prompt.tokens[:1], prompt.length[:1])
+    row, *_ = fill.prefill(own.read, prompt.tokens[:1], prompt.length[:1])
     state = jax.tree.map(lambda leaf: jnp.repeat(leaf, own.slots, axis=0), row)
     empty = jax.jit(empty_slots(target, drafter, rule, **known))(params)
     drawn = as_sampling(requests, own.slots, own.shape.vocab_size) if sampling else None

@@ -226,7 +226,7 @@ class Engine:
             filler = [Request(ids=(0,), max_new_tokens=0)] * (self.admit_rows - len(requests))
             tokens = as_tokens([*requests, *filler], bucket)
             length = np.array([len(r.ids) for r in [*requests, *filler]], np.int32)
-            target_state, features = self._call(
+            target_state, features, seen = self._call(
                 "prefill", _grid(tokens), self._prefill_params, *self._place((tokens, length))
             )
             features = np.asarray(features)
@@ -242,7 +242,7 @@ class Engine:
             where = np.array([*empty, *[self.slots] * (self.admit_rows - len(empty))], np.int32)
             prompt = as_prompt(requests, self.admit_rows, bucket, [row.route for row in new])
             sampling = as_sampling(requests, self.admit_rows, self.vocab_size) if self.sampled else None
-            own = state, self._place(prompt), target_state, self._place(sampling), where
+            own = state, self._place(prompt)._replace(features=seen), target_state, self._place(sampling), where
             admit = self.families[family][max(self.families[family])]
             return kind, self._call("admit", _grid(tokens), params, *own, programs=admit)
 

@@ -28,7 +28,7 @@ class Slots(NamedTuple):
 class Programs(NamedTuple):
     """The jitted programs of one way of decoding, see `Drafter` for its numbers; nothing is compiled before it is called.
 
-    prefill: (target params, tokens `[R, P]`, length `[R]`) -> (target state, features `[R, H]`).
+    prefill: (target params, tokens `[R, P]`, length `[R]`) -> (target state, features `[R, H]`, what the drafter `sees`).
     admit: (params, slots, prompt, target state, sampling, where `[R]`) -> slots; a row whose `where` is B is dropped.
     chunk: (params, slots, floor, rounds) -> slots, after `rounds` rounds or with no more than `floor` rows running.
     halt: (slots, ended `[B]`) -> slots, the rows that the host ended done.
@@ -59,7 +59,7 @@ def programs(
         none = jnp.zeros(rows, jnp.int32)
         prompt = Prompt(tokens, length, jax.random.split(jax.random.key(0), rows), none, none, none)
         state, features = target.init(params, prompt, bucket)
-        return state, pool_features(features, length)
+        return state, pool_features(features, length), drafter.sees(features)
 
     def admit(params: SpecParams, slots: Slots, prompt: Prompt, target_state, sampling, where: Array) -> Slots:
         rows = _fresh(spec, recorder, params, prompt, target_state, sampling)
@@ -98,7 +98,8 @@ def empty_slots(
         sampling = Sampling(jnp.zeros(slots), zero + 1, jnp.ones(slots)) if sampled else None
         keys = jax.random.split(jax.random.key(0), slots)
         prompt = Prompt(jnp.zeros((slots, room), jnp.int32), zero + 1, keys, zero, zero, zero - 1)
-        state, _ = target.init(params.target, prompt, room)
+        state, features = target.init(params.target, prompt, room)
+        prompt = prompt._replace(features=drafter.sees(features))
         return _fresh(spec, recorder, params, prompt, state, sampling)
 
     def empty(params: SpecParams) -> Slots:

@@ -130,11 +130,12 @@ def forward(
     """Last hidden states `[B, T, H]` of whole sequences `[B, T]`.
 
     Args:
+        tokens: ids, or `[B, T, H]` what is read in place of their embeddings; so in `prefill` and `extend`.
         segments: `[B, T]` which document each token belongs to when several are packed in a row; positions restart
             with each and attention stays within. None: one document a row, and right padding is harmless.
         adapter: rows' own low-rank updates, or None.
     """
-    batch, length = tokens.shape
+    batch, length = tokens.shape[:2]
     index = jnp.broadcast_to(jnp.arange(length), (batch, length))
     positions = index if segments is None else index - _segment_start(segments, index)
     causal = index[:, :, None] >= index[:, None, :]
@@ -150,7 +151,7 @@ def prefill(
 
     P is at most PIECE or a multiple of it; pieces in which no prompt has a token are not read.
     """
-    batch, bucket = tokens.shape
+    batch, bucket = tokens.shape[:2]
     cache = empty_cache(config, batch, slots, dtype)
     if bucket <= PIECE:
         return extend(config, params, cache, tokens, jnp.zeros(batch, jnp.int32), adapter=adapter)
@@ -202,11 +203,16 @@ def extend(
         begin = origin[:, None, None]
         inside = (slot >= begin) & (slot < begin + number)
         offset = jnp.clip(slot - begin, 0, number - 1)
-        seen = jnp.take_along_axis(visible, jnp.broadcast_to(offset, (*tokens.shape, cache.slots)), 2)
+        seen = jnp.take_along_axis(visible, jnp.broadcast_to(offset, (*tokens.shape[:2], cache.slots)), 2)
         mask = (slot < begin) | (inside & seen)
         own = origin[:, None] + jnp.take_along_axis(depth, offset[:, 0], 1)
         key_positions, attend = jnp.where(inside[:, 0], own, slot[0]), dense
     return _decoder(config, params, attend)(tokens, positions, key_positions, mask, cache, start, adapter)
+
+
+def embed(params: dict, tokens: Array) -> Array:
+    """Embeddings `[..., H]` of token ids."""
+    return _look_up(params["embed"]["embedding"], tokens)
 
 
 def unembed(config: LMConfig, params: dict, hidden: Array, vocab_size: int | None = None) -> Array:
@@ -425,7 +431,7 @@ class _Decoder(nnx.Module):
         self.head = None if config.tied else _Dense(config.width, config.vocab_size, False)
 
     def __call__(self, tokens, positions, key_positions, mask, cache, start, adapter):
-        x = _look_up(self.embed.embedding[...], tokens)
+        x = tokens if tokens.ndim == 3 else _look_up(self.embed.embedding[...], tokens)
         keys, values = [], []
         for i, block in enumerate(self.layers):
             own = None if cache is None else (cache.keys[i], cache.values[i])

@@ -45,6 +45,7 @@ class Prompt(NamedTuple):
     limit: `[B]` most tokens to emit.
     draft_limit: `[B]` most tokens to draft a round; 0 decodes the row autoregressively in the same program.
     route: `[B]` which adapter of the bank drafts for the row.
+    features: what the drafter's `sees` leaves of the target's hidden states.
     """
 
     tokens: Array
@@ -53,6 +54,7 @@ class Prompt(NamedTuple):
     limit: Array
     draft_limit: Array
     route: Array
+    features: Any = None
 
 
 class Draft(NamedTuple):
@@ -108,6 +110,7 @@ class Drafter(NamedTuple):
         0..N - 1. The rule in force makes them; a drafter that draws with them suits every rule.
     commit: (params, state, verdict, scores) -> state, rewound to what was emitted.
     num_calls: times that a round reads the drafter's weights, one after another.
+    sees: the target's hidden states of prompts `[B, P, H]` -> what `init` finds of them as `prompt.features`.
     """
 
     num_nodes: int
@@ -115,6 +118,7 @@ class Drafter(NamedTuple):
     propose: Callable[..., tuple[Draft, State]]
     commit: Callable[..., State]
     num_calls: int = 0
+    sees: Callable[[Array], Any] = lambda features: None
 
 
 class Rule(NamedTuple):

@@ -38,7 +38,7 @@ ROUTES = [0, 1, 2, -1, 0, 1, 2, -1]
 
 
 class Case(NamedTuple):
-    """A way of decoding: its law, its rows' adapters (`gathered`, `side by side`, `whole`) or table, and whether they sample."""
+    """A way of decoding: its law, its rows' adapters (`gathered`, `side by side`, `whole`) or table, whether they sample."""
 
     law: Any
     adapters: str

@@ -67,13 +67,13 @@ SAMPLED = programs(SMALL, 3, verify.rejection)
 NEARLY = programs(TARGET, 3)
 
 
-def plain_greedy(ids, budget=BUDGET, stop=EOS):
+def plain_greedy(ids, budget=BUDGET, stop=EOS, params=PARAMS):
     """A token at a time, the whole text each time, padded to one length so that it compiles once."""
     out = []
     while len(out) < budget and (not out or out[-1] != stop):
         text = np.zeros((1, 64), np.int32)
         text[0, : len(ids) + len(out)] = [*ids, *out]
-        out.append(int(_next(PARAMS, text)[len(ids) + len(out) - 1]))
+        out.append(int(_next(params, text)[len(ids) + len(out) - 1]))
     return out
 
 

@@ -113,6 +113,13 @@ def chain(
     Args:
         read, say: as of `model`.
     """
+    choose = drawing(say, noise, sampling)
+    (drafted, log_q), cache = follow(read, choose, number, cache, tokens, length)
+    return Draft(drafted, jnp.full(length.shape, number, jnp.int32), log_q), cache
+
+
+def drawing(say: Callable, noise, sampling) -> Callable:
+    """`choose` of `follow` for one draft of every place: the token, and with it the distribution that it was drawn from."""
 
     def choose(hidden: Array, step: Array) -> tuple[Array, Any]:
         log_q = log_probs(say(hidden), sampling)
@@ -122,8 +129,7 @@ def chain(
         token = jax.vmap(draw)(noise(step), log_q).astype(jnp.int32)
         return token, (token, log_q)
 
-    (drafted, log_q), cache = follow(read, choose, number, cache, tokens, length)
-    return Draft(drafted, jnp.full(length.shape, number, jnp.int32), log_q), cache
+    return choose
 
 
 def follow(
