@@ -20,6 +20,7 @@ from jaxspec.drafters.beam import met
 from jaxspec.engine import Engine, Method
 from jaxspec.requests import MAX_DRAFT, MAX_NODES
 from jaxspec.router import TRUNK
+from jaxspec.store import features
 from jaxspec.store.families import Options, options
 from jaxspec.store.pool import Pool, draft_length
 
@@ -185,6 +186,15 @@ def _tables(setting: Setting) -> Engine:
     return serving.adapting(setting.pool, of.nodes, setting.rule, depth=of.depth, beam=of.beam, **setting.shape)
 
 
+def _featured(setting: Setting) -> Chosen:
+    return Chosen(serving.featured(setting.pool, features.best(setting.pool), setting.slots))
+
+
+def _guesses(setting: Setting) -> Engine:
+    own = features.best(setting.pool)
+    return serving.guessing(setting.pool, own, setting.length, setting.rule, **setting.shape)
+
+
 def _several(setting: Setting) -> Engine:
     of, k = setting.config, setting.length
     return serving.several(setting.pool, k, drafts(of, k), of.several, setting.rule, **setting.shape)
@@ -241,6 +251,7 @@ RECIPES = {
     "ngram": Recipe(partial(_always, "ngram"), _lookups),
     "adaptive": Recipe(partial(_always, "adaptive"), _tables, lambda config: config.nodes, check_table),
     "multi-draft": Recipe(_routed, _several),
+    "feature": Recipe(_featured, _guesses),
     "tree": Recipe(_routed, _trees, lambda config: config.nodes, check_tree),
     "graph": Recipe(_routed, _graphs, lambda config: config.nodes, check_graph),
     "merged-trees": Recipe(_beside_mixed, _merged_trees, lambda config: config.nodes, check_tree),

@@ -14,6 +14,7 @@ from jaxspec.adapters import Bank, Stacked, Whole, stack, with_base
 from jaxspec.attention import Attend, fastest
 from jaxspec.drafters import (
     adaptive_drafter,
+    feature_drafter,
     graph_drafter,
     hedged,
     lm_drafter,
@@ -23,6 +24,7 @@ from jaxspec.drafters import (
     silent_drafter,
     tree_drafter,
 )
+from jaxspec.drafters.feature import FeatureParams, tables_of
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.experience import Experience
@@ -31,6 +33,7 @@ from jaxspec.requests import MAX_DRAFT
 from jaxspec.router import RouterParams
 from jaxspec.sharding import over
 from jaxspec.store.families import NGRAM, Options, companion
+from jaxspec.store.features import Learnt
 from jaxspec.store.huggingface import Model
 from jaxspec.store.pool import Pool
 from jaxspec.target import lm_target
@@ -130,6 +133,11 @@ def uniting(pool: Pool, num_nodes: int, rule: str = "greedy", *, depth: int, bea
     return _engine(pool, drafter, rule, **shape)
 
 
+def guessing(pool: Pool, own: Learnt, num_speculative_tokens: int, rule: str = "greedy", **shape: Any) -> Engine:
+    """Speculative decoding with guesses of the target's features, see `drafters.feature`; for `featured`."""
+    return _engine(pool, feature_drafter(own.config, num_speculative_tokens, **_settings(pool)), rule, **shape)
+
+
 def online(
     pool: Pool, num_speculative_tokens: int, rule: str = "greedy", *, window: int = WINDOW, **shape: Any
 ) -> Engine:
@@ -169,6 +177,20 @@ def always(pool: Pool, name: str, slots: int) -> Method:
     else:
         params = () if name in ("autoregressive", "ngram") else LMDrafterParams(laid(pool.drafter(name), slots))
     return Method(name, unrouted, lambda routes: params)
+
+
+def featured(pool: Pool, own: Learnt, slots: int) -> Method:
+    """The drafter of features for every prompt; it has the target's own tables, laid out as the target's are."""
+    target, weights = pool.pair.target, jax.tree.map(lambda leaf: leaf.astype(_dtype(pool)), own.weights)
+    tables = tables_of(own.config, target.params)
+    if _in_blocks(target.params, slots):
+        shared = tables["embed"]["embedding"] is target.params["embed"]["embedding"]
+        blocks = lay_out(weights.decoder | tables)
+        weights = weights._replace(decoder={name: blocks[name] for name in weights.decoder})
+        source = _target_in_blocks(target) if shared else blocks
+        tables = {name: source[name] for name in tables}
+    params = FeatureParams(weights, tables)
+    return Method("feature", unrouted, lambda routes: params)
 
 
 def given(pool: Pool, slots: int) -> Method:

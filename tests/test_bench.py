@@ -18,7 +18,7 @@ from jaxspec.config import UserError
 from jaxspec.requests import Request
 from jaxspec.router import TRUNK
 from jaxspec.store.families import options
-from jaxspec.store.pool import MERGED, REPLAY, load_pool
+from jaxspec.store.pool import FEATURE, MERGED, REPLAY, load_pool
 from jaxspec.store.pool import METHODS as pool_methods
 from jaxspec.store.prompts import Line
 from jaxspec.store.stages import read_arrays
@@ -29,7 +29,7 @@ FIELDS = {
     "mean_acceptance_length", "acceptance_by_position", "equal_to_autoregressive", "equal_to_fastest_autoregressive",
     "speedup_vs_autoregressive", "speedup_vs_base", "nodes_a_round", "drafter_calls_a_round",
 }  # fmt: skip
-METHODS = tuple(name for name in pool_methods if name not in MERGED)
+METHODS = tuple(name for name in pool_methods if name not in (*MERGED, FEATURE))
 
 
 @pytest.fixture(scope="module")

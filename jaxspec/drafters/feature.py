@@ -154,7 +154,9 @@ def init_weights(config: LMConfig, variant: str, target: dict, key: Array) -> Fe
     """
     way, with_residual = VARIANTS[variant]
     first, second, third = jax.random.split(key, 3)
-    scale = target["norm"]["scale"][: config.width].astype(jnp.float32)
+    scale = jnp.array(
+        target["norm"]["scale"][: config.width], jnp.float32, copy=True
+    )  # the target's own must not be donated
     decoder = init(replace(config, vocab_size=1, tied=True), first)
     level = jnp.sqrt(jnp.mean(jnp.square(target["embed"]["embedding"].astype(jnp.float32))))
     residual = _no_residual(config.width, third) if with_residual else None

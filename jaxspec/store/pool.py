@@ -39,6 +39,7 @@ BANK, MIXED, TRUNK_FILE, ROUTER, TEST, POINTS, NORMAL, REPLAY, EXTRAS, TRIGRAMS 
 
 MERGED = ("merged-average", "merged-awd", "merged-doge")
 ONLINE = ("online", "online-wrong")
+FEATURE = "feature"
 METHODS = (
     "autoregressive",
     "base",
@@ -54,6 +55,7 @@ METHODS = (
     "tree",
     "graph",
     "merged-trees",
+    FEATURE,
     *ONLINE,
     *MERGED,
 )
