@@ -18,7 +18,16 @@ import numpy as np
 from jaxspec import align, sharding, trigrams, verify
 from jaxspec.adapters import Stacked, Whole, init_bank, merge, stack, with_base
 from jaxspec.align import Batch
-from jaxspec.drafters import adaptive_drafter, graph_drafter, lm_drafter, multi_drafter, silent_drafter, tree_drafter
+from jaxspec.drafters import (
+    adaptive_drafter,
+    feature_drafter,
+    graph_drafter,
+    lm_drafter,
+    multi_drafter,
+    silent_drafter,
+    tree_drafter,
+)
+from jaxspec.drafters.feature import FeatureParams, init_weights, single_layer, tables_of
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
 from jaxspec.requests import Request, room_of
@@ -38,7 +47,8 @@ ROUTES = [0, 1, 2, -1, 0, 1, 2, -1]
 
 
 class Case(NamedTuple):
-    """A way of decoding: its law, its rows' adapters (`gathered`, `side by side`, `whole`) or table, whether they sample."""
+    """A way of decoding: its law, its rows' adapters (none, `gathered`, `side by side` or `whole`; or `features` or `trigrams`
+    in place of a language model), whether rows sample."""
 
     law: Any
     adapters: str
@@ -59,6 +69,7 @@ CASES = {
     "tree": Case(verify.rejection, "gathered", True, 6, lambda k: tree_drafter(DRAFT, k, depth=3, beam=2)),
     "graph": Case(verify.gumbel, "gathered", True, 6, lambda k: graph_drafter(DRAFT, k, depth=3, beam=2)),
     "adaptive": Case(verify.rejection, "trigrams", True, 6, lambda k: adaptive_drafter(k, depth=3, beam=2)),
+    "features": Case(verify.rejection, "features", True, drafter=lambda k: feature_drafter(single_layer(TARGET), k)),
     "silent": Case(verify.greedy, "none", False, drafted=0),
 }
 
@@ -86,7 +97,11 @@ def weights(adapters: str) -> SpecParams:
     ways = {"none": (draft, None), "gathered": (draft, bank), "side by side": (stack(draft, bank), Stacked())}
     whole = Whole(jax.tree.map(lambda *leaves: jnp.stack(leaves), *(merge(draft, bank, task) for task in range(3))))
     ways |= {"whole": (draft, with_base(draft, whole))}
-    return SpecParams(drawn(TARGET, 0), LMDrafterParams(*ways[adapters]))
+    target, layer = drawn(TARGET, 0), single_layer(TARGET)
+    if adapters == "features":
+        own = init_weights(layer, "alignment", target, jax.random.key(4))
+        return SpecParams(target, FeatureParams(own, tables_of(layer, target)))
+    return SpecParams(target, LMDrafterParams(*ways[adapters]))
 
 
 def requests(case: Case, numbers=range(ROWS)) -> list[Request]:

@@ -40,12 +40,19 @@ def table() -> dict[str, tuple]:
         prompt = as_prompt(requests, fleet.ROWS, 32, fleet.ROUTES)
         sampling = as_sampling(requests, fleet.ROWS, fleet.TARGET.vocab_size) if case.sampled else None
         read = params.target, prompt.tokens, prompt.length
-        state, _ = jax.eval_shape(own.programs.prefill, *read)
+        state, _, seen = jax.eval_shape(own.programs.prefill, *read)
         slots = jax.eval_shape(own._empty[0], params)
         number = jax.ShapeDtypeStruct((), np.int32)
         arguments = {
             "prefill": read,
-            "admit": (params, slots, prompt, state, sampling, np.arange(fleet.ROWS, dtype=np.int32)),
+            "admit": (
+                params,
+                slots,
+                prompt._replace(features=seen),
+                state,
+                sampling,
+                np.arange(fleet.ROWS, dtype=np.int32),
+            ),
             "chunk": (params, slots, number, number),
             "halt": (slots, np.zeros(fleet.ROWS, bool)),
         }

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_decoding import BUDGET, EOS, PARAMS, PROMPTS, TARGET, answer, counted, engine, plain_greedy
 from test_lossless import emitted, likelihoods, texts
+from test_widening import grown
 from toys import prompt_of
 
 from jaxspec import metrics, verify
@@ -101,7 +102,9 @@ def follower() -> tuple[LMConfig, dict, FeatureParams]:
     return config, params, FeatureParams(own, tables_of(single_layer(config), params))
 
 
-@pytest.mark.parametrize("rule, temperature", [("greedy", 0.0), ("rejection", 1.0), ("gumbel", 1.0)])
+@pytest.mark.parametrize(
+    "rule, temperature", [("greedy", 0.0), ("rejection", 1.0), pytest.param("gumbel", 1.0, marks=pytest.mark.slow)]
+)
 def test_a_layer_that_is_the_targets_loses_nothing(rule, temperature):
     """Kept with certainty at temperature 0 and, as q is p, at temperature 1 but for rounding between two programs."""
     own = PROGRAM if rule == "greedy" else engine(feature_drafter(LAYER, K), verify.RULES[rule], (), ONE)
@@ -113,7 +116,7 @@ def test_a_layer_that_is_the_targets_loses_nothing(rule, temperature):
         assert temperature or completion.ids == plain_greedy(ids, params=ONE)
 
 
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_drafter_that_needs_the_feature_before_each_token_loses_nothing(k):
     """A feature of another row or place would be another token's."""
     config, target, params = follower()
@@ -180,6 +183,7 @@ def test_weights_of_a_kind_share_a_program():
     assert PROGRAM.programs.chunk._cache_size() == size <= before + 1
 
 
+@pytest.mark.slow
 def test_a_drafter_that_reads_several_columns_a_call_drafts_what_it_drafts_with_one(monkeypatch):
     """As accelerators do with one row."""
     found = []
@@ -197,6 +201,7 @@ def test_a_row_does_not_see_its_batch():
         assert (again[i].ids, counted(again[i].counts)) == (together[i].ids, counted(together[i].counts))
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_read_in_pieces_loses_nothing():
     ids = tuple(np.random.default_rng(0).integers(8, 40, size=700).tolist())
     own = engine(feature_drafter(LAYER, K), target=ONE, slots=1, room=room_of(1024, 8), stops=())
@@ -227,21 +232,37 @@ def test_a_step_preserves_the_type_of_its_state(variant, sampled):
 
 
 def test_a_finished_row_stays_as_it_is():
-    spec = speculator(lm_target(TARGET), own := feature_drafter(LAYER, K), verify.greedy, stop_tokens=())
+    target, own = lm_target(TARGET), feature_drafter(LAYER, K)
+    spec, params = speculator(target, own, verify.greedy, stop_tokens=()), SpecParams(ONE, by(NEARLY))
     prompt = prompt_of([[9, 8, 7], [5, 6, 4]], limit=1)._replace(limit=jnp.array([1, 20]))
-    state, features = lm_target(TARGET).init(ONE, prompt, SLOTS)
-    params, step = SpecParams(ONE, by(NEARLY)), jax.jit(spec.step)
-    once, _ = step(params, spec.init(params, prompt._replace(features=own.sees(features)), state, None, SLOTS))
-    later, _ = step(params, once)
+
+    @jax.jit
+    def two_rounds():
+        state, features = target.init(ONE, prompt, SLOTS)
+        begun = spec.init(params, prompt._replace(features=own.sees(features)), state, None, SLOTS)
+        once, _ = spec.step(params, begun)
+        return once, spec.step(params, once)[0]
+
+    once, later = two_rounds()
     assert once.done.tolist() == [True, False]
     np.testing.assert_array_equal(later.drafter.feature[0], once.drafter.feature[0])
     assert later.drafter.length.tolist() == [4, later.length[1]]
-    end = int(once.length[0])
     for before, after in zip(jax.tree.leaves(once.drafter.cache), jax.tree.leaves(later.drafter.cache), strict=True):
-        np.testing.assert_array_equal(after[0, :, :end], before[0, :, :end])
+        np.testing.assert_array_equal(after[0, :, :4], before[0, :, :4])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("case", ["llama-2-7b", "llama-3.2-1b"])
+def test_tables_of_a_widened_target_are_those_that_it_had(case):
+    """Also where the shape has a head apart and the target has none."""
+    old, params, _, wide = grown(case)
+    found, expected = (tables_of(single_layer(old), own) for own in (wide, params))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert expected["embed"]["embedding"] is params["embed"]["embedding"]
+
+
+@pytest.mark.parametrize(
+    "variant", [*(pytest.param(own, marks=pytest.mark.slow) for own in ("plain", "sampling")), "alignment"]
+)
 def test_what_it_drafts_leaves_the_targets_law(variant, monkeypatch):
     """By enumeration: every chain that could be drawn, with the probability that it says it has, by the shipped rule."""
     vocab, k = 3, 2
@@ -253,19 +274,22 @@ def test_what_it_drafts_leaves_the_targets_law(variant, monkeypatch):
     sampling = Sampling(jnp.full(rows, 0.8), jnp.full(rows, vocab, jnp.int32), jnp.full(rows, 0.9))
     prompt, every = prompt_of([[1, 0, 2]] * rows, limit=4), jnp.asarray(texts(vocab, k))
     monkeypatch.setattr(lm, "draw", lambda token, log_q: token)
-    begun = own.init(params, prompt._replace(features=forward(config, target, prompt.tokens)), 16)
-    draft, _ = own.propose(params, begun, prompt.tokens, prompt.length, lambda step: every[:, step], sampling)
+
+    @jax.jit
+    def propose():
+        begun = own.init(params, prompt._replace(features=forward(config, target, prompt.tokens)), 16)
+        return own.propose(params, begun, prompt.tokens, prompt.length, lambda step: every[:, step], sampling)[0]
+
+    draft = propose()
     np.testing.assert_array_equal(draft.tokens, every)
 
-    def said(number: int):
-        text = np.concatenate([np.tile([1, 0, 2], (vocab**number, 1)), texts(vocab, number)], axis=1)
-        scored = unembed(config, target, forward(config, target, text)[:, -1:])
-        same = jax.tree.map(
-            lambda leaf: leaf[: len(text)], Sampling(*(jnp.resize(leaf, vocab**3) for leaf in sampling))
-        )
-        return np.asarray(log_probs(scored, same))[:, 0]
+    @jax.jit
+    def said(text):
+        same = Sampling(*(jnp.resize(leaf, len(text)) for leaf in sampling))
+        return log_probs(unembed(config, target, forward(config, target, text)[:, -1]), same)
 
-    p = [said(number) for number in range(k + 1)]
+    behind = lambda number: np.pad(texts(vocab, number), ((0, 0), (3, 0))) + np.pad([1, 0, 2], (0, number))
+    p = [np.asarray(said(behind(number))) for number in range(k + 1)]
     q = np.exp(np.take_along_axis(np.asarray(draft.log_q, np.float64), np.asarray(every)[..., None], 2)).prod((1, 2))
     for number in range(k + 1):
         found = emitted(verify.rejection.law, draft._replace(num_drafted=jnp.full(rows, number)), p, None, number)

@@ -25,6 +25,7 @@ from train import feature
 from train.feature import Feature
 
 LAYER = single_layer(TARGET)
+TAUGHT = ("sampling", "alignment")
 SHORT = {"steps": 4, "rows": 2, "row_tokens": 64, "texts": 2, "checkpoint_every": 2, "num_speculative_tokens": 2}
 
 
@@ -39,8 +40,8 @@ def own(finished, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def taught(own) -> str:
-    """The pool once all variants are trained."""
-    feature.run(Feature(pool=own, variants=tuple(VARIANTS), **SHORT))
+    """The pool once two variants are trained."""
+    feature.run(Feature(pool=own, variants=TAUGHT, **SHORT))
     return own
 
 
@@ -54,7 +55,7 @@ def batch_of(rows: int = 4, width: int = 32) -> Batch:
     )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["plain", pytest.param("sampling", marks=pytest.mark.slow), "alignment"])
 def test_every_variant_learns_what_the_target_says(variant):
     """Features and distribution alike, on one batch that it sees again and again."""
     own = trainer(TARGET, LAYER, align.optimiser(), logits_weight=0.1, noise=0.0)
@@ -67,15 +68,16 @@ def test_every_variant_learns_what_the_target_says(variant):
     assert last["regression"] < 0.2 * first["regression"]
     assert last["cross_entropy"] < first["cross_entropy"] - 0.1
     assert last["agreement"] > 0.6 > first["agreement"] + 0.5
+    assert variant != "alignment" or np.abs(state.params.residual.up).max() > 0
 
 
 def test_only_the_logits_move_the_residual():
-    own = {share: trainer(TARGET, LAYER, align.optimiser(), logits_weight=share, noise=0.0) for share in (0.0, 0.1)}
+    """Without their term it stays as it began, while all else moves."""
+    own = trainer(TARGET, LAYER, align.optimiser(), logits_weight=0.0, noise=0.0)
     start = init_weights(LAYER, "alignment", PARAMS, jax.random.key(0))
-    for share, one in own.items():
-        state, _ = jax.jit(one.step)(PARAMS, one.init(start), batch_of(), 1e-2, jax.random.key(1))
-        assert np.array_equal(state.params.residual.up, start.residual.up) == (share == 0.0)
-        assert not np.array_equal(state.params.join.out, start.join.out)
+    state, _ = jax.jit(own.step)(PARAMS, own.init(start), batch_of(), 1e-2, jax.random.key(1))
+    same = jax.tree.map(np.array_equal, state.params, start)
+    assert all(same.residual) and not any(jax.tree.leaves(same._replace(residual=None)))
 
 
 def test_a_texts_first_token_has_no_feature_before_it_and_the_others_their_own():
@@ -97,7 +99,7 @@ def test_noise_is_a_share_of_the_features_and_smooth_l1_is_its_formula():
 def test_a_pool_holds_every_variant_and_serves_the_best(taught, capsys):
     pool = load_pool(taught)
     found = features.measured_of(pool)
-    assert found.keys() == VARIANTS.keys()
+    assert found.keys() == set(TAUGHT)
     lengths = {name: said["mean_acceptance_length"] for name, said in found.items()}
     assert all(1 <= length <= 3 for length in lengths.values())
     own = features.best(pool)
@@ -105,7 +107,7 @@ def test_a_pool_holds_every_variant_and_serves_the_best(taught, capsys):
     assert own.config == single_layer(pool.pair.target.config)
     assert isinstance(own.weights.join, join) and (own.weights.residual is not None) == residual
     before = state_of(Path(taught))
-    feature.run(Feature(pool=taught, variants=tuple(VARIANTS), **SHORT))
+    feature.run(Feature(pool=taught, variants=TAUGHT, **SHORT))
     assert state_of(Path(taught)) == before
     table = capsys.readouterr().out
     assert all(f"| {name} |" in table and f"{length:.3f} |" in table for name, length in lengths.items())
@@ -132,7 +134,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(taught, tmp_path, monkeyp
 def test_other_settings_are_refused_and_nothing_is_overwritten(taught):
     before = state_of(Path(taught))
     with pytest.raises(UserError, match=r"feature.steps was 4 there and is 5 now"):
-        feature.run(Feature(pool=taught, variants=("plain",), **{**SHORT, "steps": 5}))
+        feature.run(Feature(pool=taught, variants=TAUGHT[:1], **{**SHORT, "steps": 5}))
     assert state_of(Path(taught)) == before
 
 
@@ -145,7 +147,7 @@ def test_bench_decodes_with_it_what_autoregressive_decoding_says(taught, tmp_pat
     words = "stir the onion butter into the pot and look at the harbour "
     lines = [{"id": str(i), "task": "one", "prompt": f"{i} {words * (1 + i % 2)}"} for i in range(3)]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    asked = {"pool": taught, "prompts": str(tmp_path / "eval.jsonl"), "methods": ("autoregressive", "base", "feature")}
+    asked = {"pool": taught, "prompts": str(tmp_path / "eval.jsonl"), "methods": ("base", "feature")}
     shape = {"passes": 1, "max_new_tokens": 8, "widths": (1,), "num_speculative_tokens": 2}
     bench.run(Bench(**asked, **shape, json=str(tmp_path / "bench.json")))
     row = read_json(tmp_path / "bench.json")["tasks"]["one"]["feature"]
