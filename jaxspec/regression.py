@@ -14,7 +14,7 @@ import optax
 from jax import Array
 
 from jaxspec.align import AlignState, Batch
-from jaxspec.drafters.feature import FeatureParams, FeatureWeights, joined, logits, shifted, tables_of
+from jaxspec.drafters.feature import FeatureParams, FeatureWeights, fused, logits, shifted, tables_of
 from jaxspec.transformer import LMConfig, forward, unembed
 
 
@@ -48,7 +48,7 @@ def trainer(
         low = jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
         own = FeatureParams(low, tables_of(layer, frozen))
         features = forward(target, frozen, batch.tokens, segments=batch.segments)
-        read = joined(own, batch.tokens, before(noisy(features, noise, key), batch.segments))
+        read = fused(own, batch.tokens, before(noisy(features, noise, key), batch.segments))
         at = lambda leaf: jnp.take_along_axis(leaf, batch.at[..., None], axis=1)
         guess, truth = at(forward(layer, own.model, read, segments=batch.segments)), at(features)
         said, meant = logits(layer, own, guess), unembed(target, frozen, truth)

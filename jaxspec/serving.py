@@ -183,13 +183,11 @@ def featured(pool: Pool, own: Learnt, slots: int) -> Method:
     """The drafter of features for every prompt; it has the target's own tables, laid out as the target's are."""
     target, weights = pool.pair.target, jax.tree.map(lambda leaf: leaf.astype(_dtype(pool)), own.weights)
     tables = tables_of(own.config, target.params)
-    if _in_blocks(target.params, slots):
-        shared = tables["embed"]["embedding"] is target.params["embed"]["embedding"]
-        blocks = lay_out(weights.decoder | tables)
-        weights = weights._replace(decoder={name: blocks[name] for name in weights.decoder})
-        source = _target_in_blocks(target) if shared else blocks
-        tables = {name: source[name] for name in tables}
-    params = FeatureParams(weights, tables)
+    shared = tables["embed"]["embedding"] is target.params["embed"]["embedding"]
+    model = laid(weights.decoder | tables, slots)
+    source = _target_in_blocks(target) if shared and _few(target.params, slots) else model
+    decoder = {name: model[name] for name in weights.decoder}
+    params = FeatureParams(weights._replace(decoder=decoder), {name: source[name] for name in tables})
     return Method("feature", unrouted, lambda routes: params)
 
 

@@ -23,8 +23,8 @@ from jaxspec.drafters.feature import (
     FeatureParams,
     FeatureWeights,
     Residual,
+    fused,
     init_weights,
-    joined,
     logits,
     shifted,
     single_layer,
@@ -97,8 +97,8 @@ def follower() -> tuple[LMConfig, dict, FeatureParams]:
     kernel = jnp.zeros((2 * WIDTH, WIDTH))
     kernel = kernel.at[jnp.arange(half), half + jnp.arange(half)].set(1 / level)
     kernel = kernel.at[WIDTH + jnp.arange(half), jnp.arange(half)].set(1.0)
-    join = Concatenation(kernel, jnp.zeros(WIDTH))
-    own = FeatureWeights({"layers": {0: without_output(layer)}, "norm": params["norm"]}, join)
+    fusion = Concatenation(kernel, jnp.zeros(WIDTH))
+    own = FeatureWeights({"layers": {0: without_output(layer)}, "norm": params["norm"]}, fusion)
     return config, params, FeatureParams(own, tables_of(single_layer(config), params))
 
 
@@ -123,11 +123,12 @@ def test_a_drafter_that_needs_the_feature_before_each_token_loses_nothing(k):
     shape = {"slots": 4, "room": room_of(32, BUDGET), "vocab_size": config.vocab_size, "stop_tokens": ()}
     own = Engine(lm_target(config), feature_drafter(single_layer(config), k), verify.greedy, target, **shape)
     prompts = [ids for ids in PROMPTS if len(ids) > 1]  # before the first token there is no feature
-    found = answer(own, params, prompts)
-    assert all(len(set(done.ids)) > 10 for done in found)
-    total = metrics.total(done.counts for done in found)
-    assert (total.accepted_by_position == total.drafted_by_position).all()
-    assert total.num_drafts == len(prompts) * -(-BUDGET // (k + 1))
+    for limit in (k, 1):  # which also ends rounds where rows of the window are left over
+        found = answer(own, params, prompts, draft_limit=limit)
+        assert all(len(set(done.ids)) > 10 for done in found)
+        total = metrics.total(done.counts for done in found)
+        assert (total.accepted_by_position == total.drafted_by_position).all()
+        assert total.num_drafts == len(prompts) * -(-BUDGET // (limit + 1))
 
 
 @jax.jit
@@ -138,7 +139,7 @@ def true_features(text):
 @jax.jit
 def guesses(params, text, before):
     """What the layer makes of a whole text, read without a cache, and the tokens that follow."""
-    hidden = forward(LAYER, params.model, joined(params, text, before))
+    hidden = forward(LAYER, params.model, fused(params, text, before))
     return hidden, jnp.argmax(logits(LAYER, params, hidden), -1)
 
 

@@ -103,9 +103,9 @@ def test_a_pool_holds_every_variant_and_serves_the_best(taught, capsys):
     lengths = {name: said["mean_acceptance_length"] for name, said in found.items()}
     assert all(1 <= length <= 3 for length in lengths.values())
     own = features.best(pool)
-    join, residual = VARIANTS[max(lengths, key=lengths.__getitem__)]
+    fusion, residual = VARIANTS[max(lengths, key=lengths.__getitem__)]
     assert own.config == single_layer(pool.pair.target.config)
-    assert isinstance(own.weights.join, join) and (own.weights.residual is not None) == residual
+    assert isinstance(own.weights.fusion, fusion) and (own.weights.residual is not None) == residual
     before = state_of(Path(taught))
     feature.run(Feature(pool=taught, variants=TAUGHT, **SHORT))
     assert state_of(Path(taught)) == before

@@ -153,8 +153,8 @@ def _train(config: Feature, variant: str, pool: Pool, material: Material, folder
 def _measured(pool: Pool, own: Learnt, k: int, held: list[Request]) -> dict:
     """What is accepted of a drafter's chains of `k` tokens in answers to prompts that it was not trained on."""
     bucket, longest = bucket_of(max(len(r.ids) for r in held)), max(r.max_new_tokens for r in held)
-    shape = {"slots": SLOTS, "room": room_of(bucket, longest), "admit_rows": SLOTS, "smallest": bucket}
-    engine = serving.guessing(pool, own, k, **shape)
+    size = {"slots": SLOTS, "admit_rows": SLOTS}
+    engine = serving.guessing(pool, own, k, "greedy", **size, room=room_of(bucket, longest), smallest=bucket)
     done = engine.complete(held, serving.featured(pool, own, SLOTS))
     figures = measures(total(completion.counts for completion in done))
     return {**figures, "parameters": sum(leaf.size for leaf in jax.tree.leaves(own.weights))}

@@ -23,7 +23,7 @@ RANK = 8  # columns of a feature over those of the residual adapter
 
 
 class Concatenation(NamedTuple):
-    """EAGLE's way to join feature and embedding: side by side through `kernel [2H, H]` and `bias [H]`."""
+    """EAGLE's way to fuse feature and embedding: side by side through `kernel [2H, H]` and `bias [H]`."""
 
     kernel: Array
     bias: Array
@@ -49,10 +49,10 @@ class Residual(NamedTuple):
 
 
 class FeatureWeights(NamedTuple):
-    """What is trained: a decoder of one layer without its tables, how its input is joined, and a residual or None."""
+    """What is trained: a decoder of one layer without its tables, how its input is fused, and a residual or None."""
 
     decoder: dict
-    join: Concatenation | Sampler
+    fusion: Concatenation | Sampler
     residual: Residual | None = None
 
 
@@ -81,7 +81,7 @@ VARIANTS: dict[str, tuple[type, bool]] = {
     "sampling": (Sampler, False),
     "alignment": (Sampler, True),
 }
-"""How the input is joined, and whether there is a residual."""
+"""How the input is fused, and whether there is a residual."""
 
 
 def feature_drafter(
@@ -103,10 +103,10 @@ def feature_drafter(
     """
 
     def read(params: FeatureParams, cache: Cache, tokens: Array, before: Array, start: Array) -> tuple[Array, Cache]:
-        return extend(config, params.model, cache, joined(params, tokens, before), start, attend=attend)
+        return extend(config, params.model, cache, fused(params, tokens, before), start, attend=attend)
 
     def begin(params: FeatureParams, prompt: Prompt, slots: int) -> FeatureState:
-        inputs = joined(params, prompt.tokens, shifted(prompt.features))
+        inputs = fused(params, prompt.tokens, shifted(prompt.features))
         hidden, cache = prefill(config, params.model, inputs, prompt.length, slots, dtype)
         return FeatureState(cache, jnp.asarray(prompt.length), _row(hidden, prompt.length - 1))
 
@@ -161,7 +161,7 @@ def init_weights(config: LMConfig, variant: str, target: dict, key: Array) -> Fe
     level = jnp.sqrt(jnp.mean(jnp.square(target["embed"]["embedding"].astype(jnp.float32))))
     residual = _no_residual(config.width, third) if with_residual else None
     return FeatureWeights(
-        {"layers": decoder["layers"], "norm": {"scale": scale}}, _join(way, config.width, level, second), residual
+        {"layers": decoder["layers"], "norm": {"scale": scale}}, _fusion(way, config.width, level, second), residual
     )
 
 
@@ -170,12 +170,12 @@ def shifted(features: Array) -> Array:
     return jnp.pad(features, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
 
-def joined(params: FeatureParams, tokens: Array, before: Array) -> Array:
+def fused(params: FeatureParams, tokens: Array, before: Array) -> Array:
     """What the layer reads of tokens `[B, T]` and the features before them `[B, T, H]`: `[B, T, H]`."""
-    join, embedded = params.own.join, embed(params.tables, tokens)
-    if isinstance(join, Sampler):
-        return ((before @ join.feature) * jax.nn.sigmoid(embedded @ join.token)) @ join.out
-    return jnp.concatenate([before, embedded], axis=-1) @ join.kernel + join.bias
+    fusion, embedded = params.own.fusion, embed(params.tables, tokens)
+    if isinstance(fusion, Sampler):
+        return ((before @ fusion.feature) * jax.nn.sigmoid(embedded @ fusion.token)) @ fusion.out
+    return jnp.concatenate([before, embedded], axis=-1) @ fusion.kernel + fusion.bias
 
 
 def logits(config: LMConfig, params: FeatureParams, feature: Array, vocab_size: int | None = None) -> Array:
@@ -186,7 +186,7 @@ def logits(config: LMConfig, params: FeatureParams, feature: Array, vocab_size: 
     return unembed(config, params.model, feature, vocab_size)
 
 
-def _join(way: type, width: int, level: Array, key: Array) -> Concatenation | Sampler:
+def _fusion(way: type, width: int, level: Array, key: Array) -> Concatenation | Sampler:
     wide = WIDER * width if way is Sampler else width
     shapes = (width, wide), (width, wide), (wide, width)
     feature, token, out = (
