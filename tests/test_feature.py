@@ -252,7 +252,7 @@ def test_a_finished_row_stays_as_it_is():
         np.testing.assert_array_equal(after[0, :, :4], before[0, :, :4])
 
 
-@pytest.mark.parametrize("case", ["llama-2-7b", "llama-3.2-1b"])
+@pytest.mark.parametrize("case", ["llama-2-7b", pytest.param("llama-3.2-1b", marks=pytest.mark.slow)])
 def test_tables_of_a_widened_target_are_those_that_it_had(case):
     """Also where the shape has a head apart and the target has none."""
     old, params, _, wide = grown(case)

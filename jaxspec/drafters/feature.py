@@ -129,8 +129,7 @@ def feature_drafter(
         feature = jnp.where(verdict.num_emitted[:, None] > 0, guess, state.feature)
         return FeatureState(cache, state.length + verdict.num_emitted, feature)
 
-    sees = lambda features: features
-    return Drafter(num_speculative_tokens, begin, propose, commit, num_speculative_tokens, sees)
+    return Drafter(num_speculative_tokens, begin, propose, commit, num_speculative_tokens, lambda features: features)
 
 
 def single_layer(config: LMConfig) -> LMConfig:
@@ -187,15 +186,13 @@ def logits(config: LMConfig, params: FeatureParams, feature: Array, vocab_size: 
 
 
 def _fusion(way: type, width: int, level: Array, key: Array) -> Concatenation | Sampler:
+    first, second, third = jax.random.split(key, 3)
+    drawn = lambda own, *shape: jax.random.normal(own, shape) / jnp.sqrt(shape[0])
     wide = WIDER * width if way is Sampler else width
-    shapes = (width, wide), (width, wide), (wide, width)
-    feature, token, out = (
-        jax.random.normal(own, shape) / jnp.sqrt(shape[0])
-        for own, shape in zip(jax.random.split(key, 3), shapes, strict=True)
-    )
+    feature, token = drawn(first, width, wide), drawn(second, width, wide) / level
     if way is Sampler:
-        return Sampler(feature, token / level, out)
-    return Concatenation(jnp.concatenate([feature, token / level]), jnp.zeros(width))
+        return Sampler(feature, token, drawn(third, wide, width))
+    return Concatenation(jnp.concatenate([feature, token]), jnp.zeros(width))
 
 
 def _no_residual(width: int, key: Array) -> Residual:
