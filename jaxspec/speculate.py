@@ -1,7 +1,8 @@
 """The step: propose, score, verify, commit; and the loop around it.
 
 Speculative decoding is a Markov kernel, `state, info = step(params, state)`: state is fed back, info never is. One
-step serves several drivers; `run` is the one that stays on the device until every row has ended.
+step serves several drivers; `run` is the one that stays on the device until every row has ended. Its halves, the drafter's
+and the target's, are there for drivers that run them side by side.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,19 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxspec.sampling import DRAFT
-from jaxspec.types import Draft, Drafter, Prompt, Rule, SpecInfo, SpecParams, SpecState, Speculator, Target, Verdict
+from jaxspec.types import (
+    Draft,
+    Drafter,
+    Judgement,
+    Prompt,
+    Rule,
+    SpecInfo,
+    SpecParams,
+    SpecState,
+    Speculator,
+    Target,
+    Verdict,
+)
 from jaxspec.verify import places, walk, window_noise
 
 
@@ -43,30 +56,45 @@ def speculator(target: Target, drafter: Drafter, rule: Rule, *, stop_tokens: Seq
             drafter=drafter.init(params.drafter, prompt, slots),
         )
 
-    def step(params: SpecParams, state: SpecState) -> tuple[SpecState, SpecInfo]:
-        last = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
+    def propose(params, state: SpecState) -> tuple[Draft, Any]:
         with jax.named_scope("propose"):
-            draft, drafter_state = drafter.propose(
-                params.drafter, state.drafter, state.tokens, state.length, _noise(rule, state), state.sampling
-            )
+            noise = _noise(rule, state)
+            draft, own = drafter.propose(params, state.drafter, state.tokens, state.length, noise, state.sampling)
             allowed = jnp.where(state.done, 0, state.draft_limit)
-            draft = draft._replace(num_drafted=jnp.minimum(draft.num_drafted, allowed))
+            return draft._replace(num_drafted=jnp.minimum(draft.num_drafted, allowed)), own
+
+    def score_verify(params, state: SpecState, draft: Draft) -> tuple[SpecState, Judgement]:
+        last = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
         with jax.named_scope("score"):
             window = jnp.concatenate([last, draft.tokens], axis=1)
-            scores, target_state = target.score(params.target, state.target, window, draft.parents, state.sampling)
+            scores, own = target.score(params, state.target, window, draft.parents, state.sampling)
         with jax.named_scope("verify"):
             full = _verify(rule, state, draft, scores.log_p)
             verdict, stopped = _cut(full, state, stops)
         with jax.named_scope("commit"):
-            committed = drafter.commit(params.drafter, drafter_state, verdict, scores)
-            target_state = target.commit(target_state, verdict, draft.parents)
-            following = _emit(state, verdict, stopped)._replace(target=target_state, drafter=committed)
-        accepted = jnp.where(state.done, 0, full.num_accepted)
-        drafted = jax.vmap(places)(draft)
-        info = SpecInfo(draft, scores, verdict, state.length, drafted, accepted, drafter_state)
-        return following, info
+            own = target.commit(own, verdict, draft.parents)
+            following = _emit(state, verdict, stopped)._replace(target=own)
+        return following, Judgement(scores, verdict, jnp.where(state.done, 0, full.num_accepted))
 
-    return Speculator(drafter.num_nodes, init, step)
+    def commit(params, own, judgement: Judgement) -> Any:
+        with jax.named_scope("commit"):
+            return drafter.commit(params, own, judgement.verdict, judgement.scores)
+
+    def step(params: SpecParams, state: SpecState) -> tuple[SpecState, SpecInfo]:
+        draft, own = propose(params.drafter, state)
+        following, judgement = score_verify(params.target, state, draft)
+        with jax.named_scope("propose"):
+            own = drafter.meanwhile(params.drafter, own)
+        info = told(draft, judgement, state.length, own)
+        return following._replace(drafter=commit(params.drafter, own, judgement)), info
+
+    return Speculator(drafter.num_nodes, init, step, propose, drafter.meanwhile, score_verify, commit)
+
+
+def told(draft: Draft, judgement: Judgement, start: Array, own: Any) -> SpecInfo:
+    """The info of a round that began at length `start [B]`; `own` is the drafter's state as the verdict found it."""
+    scores, verdict, accepted = judgement
+    return SpecInfo(draft, scores, verdict, start, jax.vmap(places)(draft), accepted, own)
 
 
 def any_running(state: SpecState, stats: Any) -> Array:

@@ -101,7 +101,7 @@ class Verdict(NamedTuple):
 
 
 class Drafter(NamedTuple):
-    """A way of drafting: three pure functions over a state of its own, whose leaves all have rows first.
+    """A way of drafting: pure functions over a state of its own, whose leaves all have rows first.
 
     num_nodes: N, fixed when the drafter is built.
     init: (params, prompt: Prompt) -> state.
@@ -111,6 +111,8 @@ class Drafter(NamedTuple):
     commit: (params, state, verdict, scores) -> state, rewound to what was emitted.
     num_calls: times that a round reads the drafter's weights, one after another.
     sees: the target's hidden states of prompts `[B, P, H]` -> what `init` finds of them as `prompt.features`.
+    meanwhile: (params, state) -> state, what it does between proposal and verdict, of which it knows nothing yet; by default
+        nothing.
     """
 
     num_nodes: int
@@ -119,6 +121,7 @@ class Drafter(NamedTuple):
     commit: Callable[..., State]
     num_calls: int = 0
     sees: Callable[[Array], Any] = lambda features: None
+    meanwhile: Callable[..., State] = lambda params, state: state
 
 
 class Rule(NamedTuple):
@@ -186,7 +189,7 @@ class SpecInfo(NamedTuple):
     start: `[B]` length before the round.
     num_drafted: `[B]` places that were drafted for, a chain's tokens or a tree's levels; 0 for a finished row.
     num_accepted: `[B]` accepted tokens, whether or not a stop cut them off.
-    drafter: the drafter's state with which it proposed.
+    drafter: the drafter's state as the verdict found it.
     """
 
     draft: Draft
@@ -198,16 +201,32 @@ class SpecInfo(NamedTuple):
     drafter: State
 
 
+class Judgement(NamedTuple):
+    """What the target's half of a round finds; its `num_accepted` is that of `SpecInfo`."""
+
+    scores: Scores
+    verdict: Verdict
+    num_accepted: Array
+
+
 class Speculator(NamedTuple):
     """A composed way of decoding.
 
     init: (params, prompt: Prompt, target state, sampling, slots) -> state, nothing emitted yet.
-    step: (params, state) -> (state, info).
+    step: (params, state) -> (state, info); the halves one after another.
+    propose: (drafter's params, state) -> (draft, drafter's state), which looks at no target's state.
+    meanwhile: (drafter's params, drafter's state) -> drafter's state, see `Drafter`.
+    score_verify: (target's params, state, draft) -> (state, judgement); looks at no drafter's state and leaves it as it is.
+    commit: (drafter's params, drafter's state, judgement) -> drafter's state.
     """
 
     num_nodes: int
     init: Callable[..., SpecState]
     step: Callable[[SpecParams, SpecState], tuple[SpecState, SpecInfo]]
+    propose: Callable[[Params, SpecState], tuple[Draft, State]]
+    meanwhile: Callable[[Params, State], State]
+    score_verify: Callable[[Params, SpecState, Draft], tuple[SpecState, Judgement]]
+    commit: Callable[[Params, State, Judgement], State]
 
 
 class Placement(NamedTuple):
