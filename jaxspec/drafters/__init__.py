@@ -1,6 +1,7 @@
 """Ways of drafting, one file each; every factory returns a `jaxspec.types.Drafter`."""
 
 from jaxspec.drafters.adaptive import adaptive_drafter as adaptive_drafter
+from jaxspec.drafters.cached import cached_drafter as cached_drafter
 from jaxspec.drafters.feature import feature_drafter as feature_drafter
 from jaxspec.drafters.graph import graph_drafter as graph_drafter
 from jaxspec.drafters.hedge import hedged as hedged

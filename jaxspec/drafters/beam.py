@@ -92,7 +92,7 @@ def search(
         seen = seen | (jnp.arange(slots) == level * beam + jnp.arange(beam)[:, None])
         branches = Branches(level_of_slot, seen, length)
         hidden, cache = read(cache, tokens, length + level * beam, branches)
-        own, gain = _likeliest_tokens(say(hidden), beam)
+        own, gain = likeliest_tokens(say(hidden), beam)
         total = score[..., None] + gain
         chosen, memory = choose(memory, level, tokens, own, total, seen)
         of = lambda leaf, at: jnp.take_along_axis(leaf, at, axis=1)
@@ -101,13 +101,13 @@ def search(
         return (cache, *following, memory), (own, total, chosen)
 
     last, cache = opening(read, cache, tokens, length, columns)
-    first, gain = _likeliest_tokens(say(last), beam)
+    first, gain = likeliest_tokens(say(last), beam)
     start = cache, first, gain, jnp.zeros((batch, beam, slots), bool), memory
     (cache, *_, memory), levels = jax.lax.scan(expand, start, jnp.arange(depth - 1))
     return gathered(first, gain, levels), cache, memory
 
 
-def _likeliest_tokens(logits: Array, number: int) -> tuple[Array, Array]:
+def likeliest_tokens(logits: Array, number: int) -> tuple[Array, Array]:
     """The likeliest tokens and their log probabilities: of the model itself, as the same tree serves rows of all settings."""
     best, tokens = jax.lax.top_k(logits, number)
     mass = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
