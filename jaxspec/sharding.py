@@ -6,6 +6,7 @@ output names its layout with `shardings`, so that the layout, and with it the pr
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -186,6 +187,34 @@ def over(mesh: Mesh | None) -> Placement:
         return jax.lax.with_sharding_constraint(own, shardings(specs, mesh))
 
     return Placement(params, rows, state)
+
+
+def sides(target: config.Mesh, drafter: config.Mesh, devices: list | None = None) -> tuple[Mesh, Mesh]:
+    """Meshes of the target's devices and, behind them, of the drafter's, by default of all that there are."""
+    there = jax.devices() if devices is None else devices
+    own, need = target.data * target.model, drafter.data * drafter.model
+    if own + need > len(there):
+        raise UserError(
+            f"{own} devices for the target and {need} for the drafter are {own + need}, {len(there)} are there; give meshes of "
+            "at most as many, on a CPU after XLA_FLAGS=--xla_force_host_platform_device_count=2"
+        )
+    return make_mesh(target.data, target.model, there[:own]), make_mesh(drafter.data, drafter.model, there[own:])
+
+
+def apart_params(params: SpecParams, target: Mesh, drafter: Mesh) -> SpecParams:
+    """Parameters, each part on its own mesh."""
+    specs = SpecParams(param_specs(params.target), param_specs(params.drafter, "drafter"))
+    return SpecParams(place(params.target, specs.target, target), place(params.drafter, specs.drafter, drafter))
+
+
+def moved(tree: Any, mesh: Mesh, part: str) -> Any:
+    """A tree with rows first on the mesh of a part, which need not be where it was."""
+    return place(tree, row_specs(tree, part), mesh)
+
+
+def held(mesh: Mesh, part: str) -> Callable[[Any], Any]:
+    """A traced tree with rows first -> the same, constrained to where `moved` would put it."""
+    return lambda tree: jax.lax.with_sharding_constraint(tree, shardings(row_specs(tree, part), mesh))
 
 
 def device_bytes(tree: Any, specs: Any, mesh: Mesh | AbstractMesh) -> int:
