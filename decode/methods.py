@@ -195,6 +195,11 @@ def _guesses(setting: Setting) -> Engine:
     return serving.guessing(setting.pool, own, setting.length, setting.rule, **setting.shape)
 
 
+def _cached(setting: Setting) -> Engine:
+    of, k = setting.config, setting.length
+    return serving.querying(setting.pool, k, setting.rule, layers=of.layers, width=of.layer_nodes, **setting.shape)
+
+
 def _several(setting: Setting) -> Engine:
     of, k = setting.config, setting.length
     return serving.several(setting.pool, k, drafts(of, k), of.several, setting.rule, **setting.shape)
@@ -240,6 +245,14 @@ def check_graph(config: Bench) -> None:
         )
 
 
+def check_cache(config: Bench) -> None:
+    """Raises UserError for a cache of candidates that would hold nothing, or more than one is worth."""
+    for name in ("layers", "layer_nodes"):
+        if not 1 <= (value := getattr(config, name)) <= MAX_NODES:
+            said = f"--{name.replace('_', '-')} {value}"
+            raise UserError(f"{said} will not do; give a number from 1 to {MAX_NODES}")
+
+
 RECIPES = {
     "routed": Recipe(_routed, _chains),
     "chosen": Recipe(_fastest, _families),
@@ -255,4 +268,5 @@ RECIPES = {
     "tree": Recipe(_routed, _trees, lambda config: config.nodes, check_tree),
     "graph": Recipe(_routed, _graphs, lambda config: config.nodes, check_graph),
     "merged-trees": Recipe(_beside_mixed, _merged_trees, lambda config: config.nodes, check_tree),
+    "card": Recipe(_routed, _cached, check=check_cache),
 }

@@ -14,6 +14,7 @@ from jaxspec.adapters import Bank, Stacked, Whole, stack, with_base
 from jaxspec.attention import Attend, fastest
 from jaxspec.drafters import (
     adaptive_drafter,
+    cached_drafter,
     feature_drafter,
     graph_drafter,
     hedged,
@@ -24,6 +25,7 @@ from jaxspec.drafters import (
     silent_drafter,
     tree_drafter,
 )
+from jaxspec.drafters.cached import outcomes
 from jaxspec.drafters.feature import FeatureParams, tables_of
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
@@ -136,6 +138,16 @@ def uniting(pool: Pool, num_nodes: int, rule: str = "greedy", *, depth: int, bea
 def guessing(pool: Pool, own: Learnt, num_speculative_tokens: int, rule: str = "greedy", **shape: Any) -> Engine:
     """Speculative decoding with guesses of the target's features, see `drafters.feature`; for `featured`."""
     return _engine(pool, feature_drafter(own.config, num_speculative_tokens, **_settings(pool)), rule, **shape)
+
+
+def querying(
+    pool: Pool, num_speculative_tokens: int, rule: str = "greedy", *, layers: int, width: int, **shape: Any
+) -> Engine:
+    """Query and correct with an LM drafter, both halves of a round one after the other here, see `drafters.cached`."""
+    drafter = cached_drafter(
+        pool.pair.draft.config, num_speculative_tokens, layers=layers, width=width, **_settings(pool)
+    )
+    return _engine(pool, drafter, rule, **{"recorder": outcomes(layers), **shape})
 
 
 def online(

@@ -20,6 +20,7 @@ from jaxspec.adapters import Stacked, Whole, init_bank, merge, stack, with_base
 from jaxspec.align import Batch
 from jaxspec.drafters import (
     adaptive_drafter,
+    cached_drafter,
     feature_drafter,
     graph_drafter,
     lm_drafter,
@@ -70,6 +71,9 @@ CASES = {
     "graph": Case(verify.gumbel, "gathered", True, 6, lambda k: graph_drafter(DRAFT, k, depth=3, beam=2)),
     "adaptive": Case(verify.rejection, "trigrams", True, 6, lambda k: adaptive_drafter(k, depth=3, beam=2)),
     "features": Case(verify.rejection, "features", True, drafter=lambda k: feature_drafter(single_layer(TARGET), k)),
+    "query and correct": Case(
+        verify.rejection, "gathered", True, drafter=lambda k: cached_drafter(DRAFT, k, layers=k + 1, width=2)
+    ),
     "silent": Case(verify.greedy, "none", False, drafted=0),
 }
 

@@ -1,195 +1,52 @@
-"""Query and correct: drafted rightly, which verification would hide, and the same on one device and on two.
+"""What `decode.card` reports: counts that add up, a timeline that follows from them, and a person's mistakes."""
 
-A drafter that is the target must lose nothing; one that is right now and then is recomputed round by round, its tree as texts.
-"""
+import json
 
-from functools import cache, lru_cache
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.profiler import ProfileData, ProfileOptions
-from test_decoding import BUDGET, EOS, NEAR, PARAMS, PROMPTS, TARGET, answer, counted, engine, plain_greedy
-from toys import prompt_of
 
-from jaxspec import sharding, verify
-from jaxspec.apart import apart
-from jaxspec.candidates import HIT, MISS, PARTIAL
-from jaxspec.config import Mesh, UserError
-from jaxspec.drafters import cached_drafter
-from jaxspec.drafters.cached import outcomes
-from jaxspec.drafters.lm import LMDrafterParams
-from jaxspec.speculate import speculator
-from jaxspec.target import lm_target
-from jaxspec.transformer import forward, unembed
-from jaxspec.types import SpecParams
-
-K, LAYERS, WIDTH = 3, 5, 3
-DEPTH = 2 * K + 1
-OWN = LMDrafterParams(NEAR)
+from decode import card
+from decode.card import Card, simulated
+from jaxspec.config import UserError
 
 
-@cache
-def program(layers=LAYERS, rule="greedy"):
-    own = cached_drafter(TARGET, K, layers=layers, width=WIDTH)
-    return engine(own, verify.RULES[rule], recorder=outcomes(layers))
+def test_the_command_counts_and_simulates(pool, world, tmp_path, capsys):
+    out = tmp_path / "card.json"
+    asked = {"layers": (1, 3), "layer_nodes": (2,), "limit": 1, "max_new_tokens": 12, "num_speculative_tokens": 2}
+    card.run(Card(pool=pool, prompts=str(world.prompts), json=str(out), target_milliseconds=6.0, passes=1, **asked))
+    found = json.loads(out.read_text())
+    assert found["milliseconds"] == {"target_milliseconds": 6.0, "drafter_milliseconds": "measured"}
+    assert [row["layers"] for row in found["rows"]] == [1, 3]
+    for row in found["rows"]:
+        assert row["hit"] + row["partial"] + row["miss"] == pytest.approx(1)
+        assert row["tokens"] == pytest.approx(row["rounds"] * row["mean_acceptance_length"])
+        assert 0 < row["drafter_calls_a_round"] <= row["layers"]
+        assert sum(own["rounds"] for own in row["tasks"].values()) == row["rounds"] and len(row["tasks"]) == 3
+        assert row["simulated"]["target_milliseconds"] == 6.0
+        assert row["simulated"]["side_by_side"] >= row["simulated"]["in_turn"]
+    said = capsys.readouterr().out
+    assert "simulated, target call 6.0, drafter call measured" in said and said.count("\n| ") == 6
 
 
-@pytest.mark.parametrize("layers", [pytest.param(2, marks=pytest.mark.slow), LAYERS])
-def test_a_drafter_that_is_the_target_loses_nothing(layers):
-    """The first round finds an empty cache; with more layers a round than K all later ones emit K + 1 tokens."""
-    for own, ids in zip(answer(program(layers), LMDrafterParams(PARAMS)), PROMPTS, strict=True):
-        assert own.ids == plain_greedy(ids)
-        emitted, filled, rounds = 0, 0, 0
-        while emitted < len(own.ids):
-            kept = min(K, filled) + 1
-            emitted, filled, rounds = emitted + kept, min(filled + layers, DEPTH) - kept, rounds + 1
-        assert own.counts.num_drafts == rounds == own.record[HIT].sum()
-        assert (own.counts.accepted_by_position == own.counts.drafted_by_position).all()
-        if layers > K:
-            assert rounds == 1 + -(-(len(own.ids) - 1) // (K + 1))
+def test_a_round_lasts_as_long_as_the_longer_of_its_calls():
+    """Three rounds without a drafter call, two with one, one with four: 10 ms a target call, 4 ms a drafter call."""
+    found = simulated(np.array([3, 2, 0, 0, 1]), 12, 10.0, 4.0)
+    assert found["side_by_side"] == pytest.approx(1e3 * 12 / (5 * 10 + 16))
+    assert found["in_turn"] == pytest.approx(1e3 * 12 / (6 * 10 + 6 * 4))
+    assert found["hidden"] == pytest.approx((2 * 4 + 10) / (6 * 4))
+    assert found["autoregressive"] == pytest.approx(100)
 
 
-@lru_cache(maxsize=None)
-def likeliest(text: tuple[int, ...]) -> list[tuple[float, int]]:
-    """What NEAR says follows a text, read from scratch: the best tokens with their log probabilities."""
-    padded = np.zeros((1, 64), np.int32)
-    padded[0, : len(text)] = text
-    gains, tokens = _best(NEAR, padded, len(text) - 1)
-    return list(zip(gains.tolist(), tokens.tolist(), strict=True))
-
-
-@jax.jit
-def _best(params, text, at):
-    logits = unembed(TARGET, params, forward(TARGET, params, text)[:, at])
-    return jax.lax.top_k(jax.nn.log_softmax(logits)[0], WIDTH)
-
-
-class Tree:
-    """The candidates of a row, layer after layer, each a path of tokens from the text on and its log probability."""
-
-    def __init__(self, text: tuple[int, ...]):
-        self.text, self.layers, self.lead = text, [{(): 0.0}], [()]
-
-    def add(self) -> int:
-        """One layer more, if there is room."""
-        if len(self.layers) > DEPTH:
-            return 0
-        *_, last = self.layers
-        below = {
-            (*path, token): weight + gain
-            for path, weight in last.items()
-            for gain, token in likeliest(self.text + path)
-        }
-        heir = None if self.lead[-1] is None else (*self.lead[-1], likeliest(self.text + self.lead[-1])[0][1])
-        best = sorted(below, key=lambda path: (path != heir, -below[path]))[:WIDTH]
-        self.layers.append({path: below[path] for path in best})
-        self.lead.append(heir)
-        return 1
-
-    def correct(self, new: tuple[int, ...]) -> int:
-        """Goes on with `new`; which outcome that is."""
-        number, own = len(new), self.layers
-        if number >= len(own) or new not in own[number]:
-            self.__init__(self.text + new)
-            return MISS
-        below = [
-            {p[number:]: w - own[number][new] for p, w in one.items() if p[:number] == new} for one in own[number:]
-        ]
-        deep = sum(map(bool, below)) - 1
-        missing = deep < len(below) - 1
-        refill = len(below) > 1
-        self.text, self.layers = self.text + new, below[: min(deep, max(len(below) - 2, 0)) + 1]
-        self.lead = [()]
-        for one in self.layers[1:]:
-            heirs = {p: likeliest(self.text + p[:-1]) for p in one if p[:-1] == self.lead[-1]}
-            rank = lambda p, heirs=heirs: [token for _, token in heirs[p]].index(p[-1])
-            self.lead.append(min(heirs, key=rank, default=None))
-        if refill:
-            self.add()
-        return PARTIAL if missing else HIT
-
-
-def recomputed(ids, out) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Rounds by outcome and layers added, and rounds, drafted and accepted tokens, places past the text's end left out."""
-    tree, at, drafted, accepted = Tree(ids), 0, 0, 0
-    record = np.zeros((3, LAYERS + 1), int)
-    while at < len(out):
-        chain = [path[-1] for path in tree.lead[1 : K + 1] if path is not None][: len(out) - at]
-        kept = int(np.cumprod([token == own for token, own in zip(chain, out[at:], strict=False)]).sum())
-        made = sum([tree.add() for _ in range(LAYERS)])
-        new = tuple(out[at : at + kept + 1])
-        record[tree.correct(new), made] += 1
-        at, drafted, accepted = at + len(new), drafted + len(chain), accepted + kept
-    return record, (record.sum(), drafted, accepted)
-
-
-def test_text_is_plain_decodings_and_every_round_that_of_a_recomputation():
-    """So what verdicts leave is what the drafter would say of the new text: paths, weights, caches and refilled layers."""
-    total = 0
-    for own, ids in zip(answer(program(), OWN), PROMPTS, strict=True):
-        assert own.ids == plain_greedy(ids)
-        record, counts = recomputed(ids, own.ids)
-        np.testing.assert_array_equal(own.record, record)
-        assert counted(own.counts) == counts
-        assert own.counts.num_drafter_calls == LAYERS * own.counts.num_drafts
-        total = total + record
-    assert (total.sum(1) > 3).all() and total[:, :LAYERS].sum() > 0
-    assert program().programs.chunk._cache_size() == 1
-
-
-def test_a_row_does_not_see_its_batch_and_drafting_nothing_is_the_same_text():
-    said = lambda own: (own.ids, own.record.tolist(), counted(own.counts))
-    together = answer(program(), OWN)
-    for i in (0, 3):
-        again = answer(program(), OWN, [PROMPTS[2] if j != i else PROMPTS[i] for j in range(4)])
-        assert said(again[i]) == said(together[i])
-    assert [own.ids for own in answer(program(), OWN, draft_limit=0)] == [own.ids for own in together]
-
-
-def test_under_gumbel_coupling_text_is_that_of_the_noise_whatever_is_drafted():
-    found, nothing = (answer(program(rule="gumbel"), OWN, temperature=0.1, draft_limit=limit) for limit in (K, 0))
-    assert sum(own.counts.num_accepted_tokens for own in found) > 5
-    assert [own.ids for own in found] == [own.ids for own in nothing]
-
-
-def test_what_cannot_be_is_told():
-    with pytest.raises(ValueError, match="3 tokens of 0 layers of 8 nodes cannot be"):
-        cached_drafter(TARGET, 3, layers=0)
-
-
-def spans(profile: ProfileData, name: str) -> list[tuple[float, float]]:
-    """When operations of a program ran, in nanoseconds."""
-    events = [event for plane in profile.planes for line in plane.lines for event in line.events]
-    return [(own.start_ns, own.end_ns) for own in events if dict(own.stats).get("hlo_module") == f"jit_{name}"]
-
-
-def test_two_devices_say_what_one_says_and_work_at_once(tmp_path):
-    """The profiler's word for it: an operation of the target's half ran while one of the drafter's did."""
-    drafter = cached_drafter(TARGET, K, layers=LAYERS, width=WIDTH)
-    spec = speculator(lm_target(TARGET), drafter, verify.greedy, stop_tokens=(EOS,))
-    padded = np.array([np.pad(ids, (0, 14 - len(ids))) for ids in PROMPTS])
-    prompt = prompt_of(padded, limit=BUDGET)._replace(length=jnp.array([len(ids) for ids in PROMPTS]))
-    params = SpecParams(PARAMS, OWN)
-    begin = jax.jit(lambda: spec.init(params, prompt, lm_target(TARGET).init(PARAMS, prompt, 64)[0], None, 64))
-    here, there = sharding.sides(Mesh(), Mesh(), jax.devices("cpu"))
-    decode = apart(spec, outcomes(LAYERS).fold, target=here, drafter=there)
-    placed, begun = sharding.apart_params(params, here, there), [begin(), begin()]
-    jax.block_until_ready(decode(placed, begun[0], outcomes(LAYERS).init(prompt)))
-    options = ProfileOptions()
-    options.python_tracer_level = 0
-    with jax.profiler.trace(tmp_path, profiler_options=options):
-        state, record = jax.block_until_ready(decode(placed, begun[1], outcomes(LAYERS).init(prompt)))
-    for row, ids, own, counts in zip(state.tokens, PROMPTS, answer(program(), OWN), record, strict=True):
-        assert row[len(ids) : len(ids) + len(own.ids)].tolist() == own.ids
-        np.testing.assert_array_equal(counts, own.record)
-    assert [own.devices() for own in (state.tokens, record)] == [{jax.devices("cpu")[i]} for i in (0, 1)]
-    (trace,) = tmp_path.rglob("*.xplane.pb")
-    target, drafting = (spans(ProfileData.from_file(str(trace)), name) for name in ("verify", "meanwhile"))
-    assert any(begins < end and start < ends for begins, ends in target for start, end in drafting)
-
-
-def test_devices_that_are_not_there_are_told():
-    with pytest.raises(UserError, match="2 devices for the target and 1 for the drafter are 3, 2 are there"):
-        sharding.sides(Mesh(model=2), Mesh(), jax.devices("cpu")[:2])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"layers": (0,)}, "--layers 0 will not do; give a number from 1 to 64"),
+        ({"layer_nodes": (8, 65)}, "--layer-nodes 65 will not do"),
+        ({"layers": ()}, "--layers and --layer-nodes have no number"),
+        ({"target_milliseconds": 0.0}, "--target-milliseconds 0.0 will not do; give a number above 0"),
+        ({"drafter_milliseconds": -1.0}, "--drafter-milliseconds -1.0 will not do"),
+    ],
+)
+def test_what_will_not_do_is_told(wrong, said):
+    with pytest.raises(UserError, match=said):
+        card.run(Card(pool="nowhere", **wrong))

@@ -56,6 +56,7 @@ METHODS = (
     "graph",
     "merged-trees",
     FEATURE,
+    "card",
     *ONLINE,
     *MERGED,
 )

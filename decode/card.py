@@ -1,0 +1,213 @@
+"""Query and correct, counted: what verdicts find in the cache, tokens a target call, and a simulated timeline of two devices.
+
+    python -m decode.card --pool runs/testbed/pool --prompts ../shared/data/eval --limit 2 --layers 2 4 8 --json card.json
+
+Tokens and outcomes are those of the schedule, on one device as on two, whatever either takes. How long rounds would take
+side by side is simulated from a target call and a drafter call, which are measured here in turn, or given: a round lasts as
+long as the longer of its target call and its drafter calls. No time of two devices is measured. Source: CARD,
+https://arxiv.org/abs/2508.04462.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from decode.bench import Prepared, prepare
+from decode.figures import Result
+from decode.methods import check_cache
+from decode.settings import Bench
+from jaxspec import metrics, serving
+from jaxspec.candidates import HIT, MISS, PARTIAL
+from jaxspec.config import UserError, command_line
+from jaxspec.engine import Engine
+from jaxspec.store.pool import draft_length
+from jaxspec.store.stages import write_json
+from jaxspec.timing import timed
+
+OUTCOMES = {"hit": HIT, "partial": PARTIAL, "miss": MISS}
+SAMPLE = 4  # prompts that components are timed on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What is measured, and how."""
+
+    pool: str
+    """Folder of the pool."""
+    prompts: str = ""
+    """Prompts to decode, one at a time; without it the pool's own test split."""
+    limit: int = 2
+    """First prompts taken of each task."""
+    num_speculative_tokens: int | None = None
+    """Tokens of the longest chain that is verified; None is what calibration chose."""
+    layers: tuple[int, ...] = (4,)
+    """Layers that the drafter adds while the target verifies, each in one call."""
+    layer_nodes: tuple[int, ...] = (8,)
+    """Nodes of a layer, and children that each of them is given."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy."""
+    target_milliseconds: float | None = None
+    """What a target call takes; None measures it here."""
+    drafter_milliseconds: float | None = None
+    """What a drafter call takes, which reads a layer; None measures it here."""
+    passes: int = 3
+    """Timed passes, where something is measured."""
+    max_new_tokens: int = 96
+    """Longest completion, in tokens."""
+    seed: int = 0
+    """Seed of sampling."""
+    dtype: Literal["", "float32", "bfloat16"] = ""
+    """float32 or bfloat16; empty is what the pool was made with."""
+    target: str = ""
+    """Another place of the pool's target."""
+    draft: str = ""
+    """Another place of the pool's base drafter."""
+    json: str = ""
+    """File for the figures."""
+
+
+def run(config: Card) -> None:
+    """Prints the tables and writes the JSON."""
+    _check(config)
+    same = ("pool", "prompts", "limit", "num_speculative_tokens", "temperature", "max_new_tokens", "seed", "dtype")
+    asked = {name: getattr(config, name) for name in (*same, "target", "draft")}
+    prepared = prepare(Bench(**asked, methods=("card",), widths=(1,), layers=config.layers[0]))
+    pool = prepared.contenders[0].pool
+    k = draft_length(pool.facts, config.num_speculative_tokens, least=1, slots=1)
+    shapes = [(layers, nodes) for layers in config.layers for nodes in config.layer_nodes]
+    engines = {shape: _engine(prepared, k, *shape) for shape in shapes}
+    times = _times(config, prepared, engines, k)
+    rows = [_row(prepared, engine, shape, times[shape]) for shape, engine in engines.items()]
+    said = {name: getattr(config, name) or "measured" for name in ("target_milliseconds", "drafter_milliseconds")}
+    _print(rows, k, said)
+    if config.json:
+        known = {"pool": config.pool, "device": jax.devices()[0].device_kind, "num_speculative_tokens": k}
+        known |= {"temperature": config.temperature, "limit": config.limit, "milliseconds": said}
+        write_json(Path(config.json), {**known, "rows": rows})
+
+
+def simulated(
+    rounds: np.ndarray, tokens: int, target_milliseconds: float, drafter_milliseconds: float
+) -> dict[str, float]:
+    """Tokens per second, and the share of drafting that verification hides, were rounds to take what their calls take.
+
+    `side_by_side` is the schedule on two devices, `in_turn` the same rounds on one, `autoregressive` a token a target call.
+
+    Args:
+        rounds: `[n + 1]` how many had 0 to n drafter calls; tokens: that all of them emitted.
+    """
+    drafting = drafter_milliseconds * np.arange(len(rounds))
+    whole = float(rounds @ drafting)
+    rate = lambda milliseconds: float(1e3 * tokens / (rounds @ milliseconds))
+    return {
+        "target_milliseconds": target_milliseconds,
+        "drafter_milliseconds": drafter_milliseconds,
+        "hidden": float(rounds @ np.minimum(drafting, target_milliseconds)) / whole if whole else 0.0,
+        "side_by_side": rate(np.maximum(drafting, target_milliseconds)),
+        "in_turn": rate(drafting + target_milliseconds),
+        "autoregressive": 1e3 / target_milliseconds,
+    }
+
+
+def _row(prepared: Prepared, engine: Engine, shape: tuple[int, int], times: tuple[float, float]) -> dict[str, Any]:
+    """Figures of all prompts together, by task, and simulated."""
+    by_task: dict[str, list[Result]] = defaultdict(list)
+    for task, prompts in prepared.work.batches:
+        by_task[task].append(prepared.work.decode(engine, "card", prompts))
+    of_all = [own for results in by_task.values() for own in results]
+    tasks = {task: _figures(own) for task, own in by_task.items()}
+    timeline = simulated(_record(of_all).sum(0), int(_total(of_all).num_emitted), *times)
+    layers, nodes = shape
+    return {"layers": layers, "layer_nodes": nodes, **_figures(of_all), "tasks": tasks, "simulated": timeline}
+
+
+def _figures(results: Sequence[Result]) -> dict[str, Any]:
+    """Shares of rounds by what their verdict found, and what they emitted."""
+    record, own = _record(results), metrics.measures(_total(results))
+    rounds = int(record.sum())
+    calls = float(record.sum(0) @ np.arange(record.shape[1]) / rounds)
+    return {
+        "rounds": rounds,
+        **{name: float(record[outcome].sum() / rounds) for name, outcome in OUTCOMES.items()},
+        **{name: own[name] for name in ("tokens", "mean_acceptance_length", "draft_accuracy")},
+        "drafter_calls_a_round": calls,
+    }
+
+
+def _record(results: Sequence[Result]) -> np.ndarray:
+    """`[3, layers + 1]` rounds by outcome and by layers that were added."""
+    return np.sum([completion.record for result in results for completion in result.completions], axis=0)
+
+
+def _total(results: Sequence[Result]) -> metrics.Counts:
+    return metrics.total(completion.counts for result in results for completion in result.completions)
+
+
+def _check(config: Card) -> None:
+    if not (config.layers and config.layer_nodes):
+        raise UserError("--layers and --layer-nodes have no number; give some")
+    for layers in config.layers:
+        for nodes in config.layer_nodes:
+            check_cache(Bench(pool=config.pool, layers=layers, layer_nodes=nodes))
+    for name in ("target_milliseconds", "drafter_milliseconds"):
+        if (value := getattr(config, name)) is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} {value} will not do; give a number above 0, or leave it out")
+
+
+def _engine(prepared: Prepared, k: int, layers: int, nodes: int) -> Engine:
+    """The bench's program of such a cache."""
+    known, rule = prepared.engines["card"], "rejection" if prepared.work.config.temperature > 0 else "greedy"
+    shape = {"slots": 1, "room": known.room, "smallest": known.smallest}
+    return serving.querying(prepared.contenders[0].pool, k, rule, layers=layers, width=nodes, **shape)
+
+
+def _times(config: Card, prepared: Prepared, engines: Mapping[tuple[int, int], Engine], k: int) -> dict:
+    """Milliseconds of a target call and of a drafter call, for every shape of the cache, given or measured.
+
+    Measured are rounds in turn on this device: of K + 1 columns that nobody drafts for, and, for a drafter call, what a round
+    with its layers takes beyond these, a layer.
+    """
+    given = config.target_milliseconds, config.drafter_milliseconds
+    if None not in given:
+        return {shape: given for shape in engines}
+    pool, known = prepared.contenders[0].pool, next(iter(engines.values()))
+    plain = serving.autoregressive(pool, k + 1, slots=1, room=known.room, smallest=known.smallest)
+    ways: dict[Any, Any] = {"target": (plain, serving.always(pool, "autoregressive", 1))}
+    ways |= {shape: (engine, serving.routed(pool, 1)) for shape, engine in engines.items()}
+    requests = [prepared.work.asks[rows[0]].request for _, rows in prepared.work.batches][:SAMPLE]
+    took = {way: own["round_milliseconds"] for way, own in timed(ways, requests, config.passes).items()}
+    target = config.target_milliseconds or took["target"]
+    a_layer = lambda shape: max(took[shape] - took["target"], 0.0) / shape[0]
+    return {shape: (target, config.drafter_milliseconds or a_layer(shape)) for shape in engines}
+
+
+def _print(rows: Sequence[dict], k: int, said: Mapping[str, Any]) -> None:
+    print(f"chains of at most {k} tokens")
+    print("| layers | nodes | hit | partial | miss | tokens a target call | draft accuracy | drafter calls a round |")
+    print("|---:|" + "---:|" * 7)
+    for row in rows:
+        shares = " | ".join(f"{row[name]:.3f}" for name in OUTCOMES)
+        accuracy = "-" if row["draft_accuracy"] is None else f"{row['draft_accuracy']:.3f}"
+        own = f"{row['mean_acceptance_length']:.2f} | {accuracy} | {row['drafter_calls_a_round']:.2f}"
+        print(f"| {row['layers']} | {row['layer_nodes']} | {shares} | {own} |")
+    print(
+        f"simulated, target call {said['target_milliseconds']}, drafter call {said['drafter_milliseconds']} (milliseconds)"
+    )
+    print(
+        "| layers | nodes | target, ms | drafter, ms | drafting hidden | side by side, tokens/s | in turn | autoregressive |"
+    )
+    print("|---:|" + "---:|" * 7)
+    for row in rows:
+        own = row["simulated"]
+        times = f"{own['target_milliseconds']:.2f} | {own['drafter_milliseconds']:.2f} | {own['hidden']:.3f}"
+        rates = " | ".join(f"{own[name]:.1f}" for name in ("side_by_side", "in_turn", "autoregressive"))
+        print(f"| {row['layers']} | {row['layer_nodes']} | {times} | {rates} |")
+
+
+if __name__ == "__main__":
+    command_line(Card, run)
