@@ -25,6 +25,7 @@ from jaxspec import metrics, serving
 from jaxspec.candidates import HIT, MISS, PARTIAL
 from jaxspec.config import UserError, command_line
 from jaxspec.engine import Engine
+from jaxspec.requests import bucket_of, room_of
 from jaxspec.store.pool import draft_length
 from jaxspec.store.stages import write_json
 from jaxspec.timing import timed
@@ -161,9 +162,11 @@ def _check(config: Card) -> None:
 
 def _engine(prepared: Prepared, k: int, layers: int, nodes: int) -> Engine:
     """The bench's program of such a cache."""
-    known, rule = prepared.engines["card"], "rejection" if prepared.work.config.temperature > 0 else "greedy"
-    shape = {"slots": 1, "room": known.room, "smallest": known.smallest}
-    return serving.querying(prepared.contenders[0].pool, k, rule, layers=layers, width=nodes, **shape)
+    work = prepared.work
+    rule = "rejection" if work.config.temperature > 0 else "greedy"
+    longest = bucket_of(max(len(ask.request.ids) for ask in work.asks))
+    room = room_of(longest, work.config.max_new_tokens)
+    return serving.querying(prepared.contenders[0].pool, k, rule, layers=layers, width=nodes, slots=1, room=room)
 
 
 def _times(config: Card, prepared: Prepared, engines: Mapping[tuple[int, int], Engine], k: int) -> dict:
@@ -176,7 +179,7 @@ def _times(config: Card, prepared: Prepared, engines: Mapping[tuple[int, int], E
     if None not in given:
         return {shape: given for shape in engines}
     pool, known = prepared.contenders[0].pool, next(iter(engines.values()))
-    plain = serving.autoregressive(pool, k + 1, slots=1, room=known.room, smallest=known.smallest)
+    plain = serving.autoregressive(pool, k + 1, slots=1, room=known.room)
     ways: dict[Any, Any] = {"target": (plain, serving.always(pool, "autoregressive", 1))}
     ways |= {shape: (engine, serving.routed(pool, 1)) for shape, engine in engines.items()}
     requests = [prepared.work.asks[rows[0]].request for _, rows in prepared.work.batches][:SAMPLE]

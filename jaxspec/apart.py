@@ -80,5 +80,5 @@ def halves(spec: Speculator, fold: Callable, target: Mesh, drafter: Mesh) -> Hal
         stats = fold(stats, told(draft, judgement, start, own))
         return here((spec.commit(params, own, judgement), stats))
 
-    jitted = (jax.jit(program, donate_argnums=1) for program in (propose, verify, meanwhile))
-    return Halves(*jitted, jax.jit(close, donate_argnums=(1, 2)))
+    jitted = lambda program, *consumed: jax.jit(program, donate_argnums=consumed)
+    return Halves(jitted(propose, 1), jitted(verify, 1), jitted(meanwhile, 1), jitted(close, 1, 2))
