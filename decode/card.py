@@ -150,8 +150,6 @@ def _total(results: Sequence[Result]) -> metrics.Counts:
 
 
 def _check(config: Card) -> None:
-    if not (config.layers and config.layer_nodes):
-        raise UserError("--layers and --layer-nodes have no number; give some")
     for layers in config.layers:
         for nodes in config.layer_nodes:
             check_cache(Bench(pool=config.pool, layers=layers, layer_nodes=nodes))

@@ -3,6 +3,7 @@
 A drafter that is the target must lose nothing; one that is right now and then is recomputed round by round, its tree as texts.
 """
 
+import dataclasses
 from functools import cache
 
 import jax
@@ -22,7 +23,7 @@ from jaxspec.drafters.cached import outcomes
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.speculate import speculator
 from jaxspec.target import lm_target
-from jaxspec.transformer import forward, unembed
+from jaxspec.transformer import forward, init, unembed
 from jaxspec.types import SpecParams
 
 K, LAYERS, WIDTH = 3, 5, 3
@@ -159,35 +160,60 @@ def test_what_cannot_be_is_told():
         cached_drafter(TARGET, 3, layers=0)
 
 
-def spans(profile: ProfileData, name: str) -> list[tuple[float, float]]:
-    """When operations of a program ran, in nanoseconds."""
+def spans(profile: ProfileData, name: str, rounds: int) -> np.ndarray:
+    """`[rounds, 2]` nanoseconds between which a program's operations ran, of which every round has as many."""
     events = [event for plane in profile.planes for line in plane.lines for event in line.events]
-    return [(own.start_ns, own.end_ns) for own in events if dict(own.stats).get("hlo_module") == f"jit_{name}"]
+    own = sorted((e.start_ns, e.end_ns) for e in events if dict(e.stats).get("hlo_module") == f"jit_{name}")
+    of_round = np.array(own).reshape(rounds, -1, 2)
+    return np.stack([of_round[:, 0, 0], of_round[..., 1].max(1)], axis=1)
 
 
-def test_two_devices_say_what_one_says_and_work_at_once(tmp_path):
-    """The profiler's word for it: an operation of the target's half ran while one of the drafter's did."""
-    drafter = cached_drafter(TARGET, K, layers=LAYERS, width=WIDTH)
-    spec = speculator(lm_target(TARGET), drafter, verify.greedy, stop_tokens=(EOS,))
+@cache
+def driver(wide: Mesh, narrow: Mesh, slow: bool = False):
+    """The meshes of the target and of the drafter, and a call that decodes all prompts with them; a slow target says else."""
+    large = dataclasses.replace(TARGET, mlp_width=1 << 15)
+    config, weights = (large, init(large, jax.random.key(0))) if slow else (TARGET, PARAMS)
+    drafter, recorder = cached_drafter(TARGET, K, layers=LAYERS, width=WIDTH), outcomes(LAYERS)
+    spec = speculator(lm_target(config), drafter, verify.greedy, stop_tokens=(EOS,))
     padded = np.array([np.pad(ids, (0, 14 - len(ids))) for ids in PROMPTS])
     prompt = prompt_of(padded, limit=BUDGET)._replace(length=jnp.array([len(ids) for ids in PROMPTS]))
-    params = SpecParams(PARAMS, OWN)
-    begin = jax.jit(lambda: spec.init(params, prompt, lm_target(TARGET).init(PARAMS, prompt, 64)[0], None, 64))
-    here, there = sharding.sides(Mesh(), Mesh(), jax.devices("cpu"))
-    decode = apart(spec, outcomes(LAYERS).fold, target=here, drafter=there)
-    placed, begun = sharding.apart_params(params, here, there), [begin(), begin()]
-    jax.block_until_ready(decode(placed, begun[0], outcomes(LAYERS).init(prompt)))
-    options = ProfileOptions()
-    options.python_tracer_level = 0
-    with jax.profiler.trace(tmp_path, profiler_options=options):
-        state, record = jax.block_until_ready(decode(placed, begun[1], outcomes(LAYERS).init(prompt)))
+    params = SpecParams(weights, OWN)
+    begin = jax.jit(lambda: spec.init(params, prompt, lm_target(config).init(weights, prompt, 64)[0], None, 64))
+    meshes = sharding.sides(wide, narrow, jax.devices("cpu"))
+    decode = apart(spec, recorder.fold, target=meshes[0], drafter=meshes[1])
+    placed = sharding.apart_params(params, *meshes)
+    return meshes, lambda: jax.block_until_ready(decode(placed, begin(), recorder.init(prompt)))
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [(Mesh(), Mesh()), pytest.param(Mesh(data=2, model=2), Mesh(data=2), marks=pytest.mark.slow)],
+    ids=["one and one", "four and two"],
+)
+def test_drafter_and_target_on_devices_of_their_own_say_what_one_device_says(wide, narrow, caplog):
+    meshes, decode = driver(wide, narrow)
+    decode()
+    with jax.log_compiles():
+        state, record = decode()
+    assert "Compiling" not in caplog.text
     for row, ids, own, counts in zip(state.tokens, PROMPTS, answer(program(), OWN), record, strict=True):
         assert row[len(ids) : len(ids) + len(own.ids)].tolist() == own.ids
         np.testing.assert_array_equal(counts, own.record)
-    assert [own.devices() for own in (state.tokens, record)] == [{jax.devices("cpu")[i]} for i in (0, 1)]
+    assert [own.devices() for own in (state.tokens, record)] == [set(mesh.devices.flat) for mesh in meshes]
+
+
+def test_drafter_and_target_work_at_once(tmp_path):
+    """The profiler's word for it: the target's half of a round had begun and not ended while the drafter's ran."""
+    _, decode = driver(Mesh(), Mesh(), slow=True)
+    decode()
+    options = ProfileOptions()
+    options.python_tracer_level = 0
+    with jax.profiler.trace(tmp_path, profiler_options=options):
+        _, record = decode()
     (trace,) = tmp_path.rglob("*.xplane.pb")
-    target, drafting = (spans(ProfileData.from_file(str(trace)), name) for name in ("verify", "meanwhile"))
-    assert any(begins < end and start < ends for begins, ends in target for start, end in drafting)
+    rounds = int(record.sum((1, 2)).max()) + 1  # the host learns a round late that all rows have ended
+    verify, meanwhile = (spans(ProfileData.from_file(str(trace)), name, rounds) for name in ("verify", "meanwhile"))
+    assert ((verify[:, 0] < meanwhile[:, 1]) & (meanwhile[:, 0] < verify[:, 1])).sum() > rounds / 2
 
 
 def test_devices_that_are_not_there_are_told():

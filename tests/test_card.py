@@ -42,7 +42,6 @@ def test_a_round_lasts_as_long_as_the_longer_of_its_calls():
     [
         ({"layers": (0,)}, "--layers 0 will not do; give a number from 1 to 64"),
         ({"layer_nodes": (8, 65)}, "--layer-nodes 65 will not do"),
-        ({"layers": ()}, "--layers and --layer-nodes have no number"),
         ({"target_milliseconds": 0.0}, "--target-milliseconds 0.0 will not do; give a number above 0"),
         ({"drafter_milliseconds": -1.0}, "--drafter-milliseconds -1.0 will not do"),
     ],
