@@ -157,6 +157,7 @@ OTHERS = [
     "decode.roofline",
     "decode.growth",
     "decode.optimal",
+    "decode.card",
 ]
 
 
