@@ -94,7 +94,7 @@ def cached_drafter(
         own = own._replace(cache=cache, length=own.length + verdict.num_emitted)
         return CachedState(own, following, jnp.zeros_like(state.made))
 
-    return Drafter(num_speculative_tokens, init, propose, commit, layers, meanwhile)
+    return Drafter(num_speculative_tokens, init, propose, commit, layers, meanwhile=meanwhile)
 
 
 def correction(state: CachedState, verdict: Verdict) -> Correction:

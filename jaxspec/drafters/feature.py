@@ -129,7 +129,8 @@ def feature_drafter(
         feature = jnp.where(verdict.num_emitted[:, None] > 0, guess, state.feature)
         return FeatureState(cache, state.length + verdict.num_emitted, feature)
 
-    return Drafter(num_speculative_tokens, begin, propose, commit, num_speculative_tokens, lambda features: features)
+    sees = lambda features: features
+    return Drafter(num_speculative_tokens, begin, propose, commit, num_speculative_tokens, sees=sees)
 
 
 def single_layer(config: LMConfig) -> LMConfig:
