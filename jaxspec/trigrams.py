@@ -1,8 +1,8 @@
 """Trigram tables of a fixed shape: what follows two tokens, and with what weight; they learn as texts go on.
 
-A bigram is hashed to one bucket, which it must own to be known. Whatever is learnt gains weight; what it meets in its place
-fades by as much, a successor by giving way to a new one where it is the least of twelve, a bigram whose bucket another one
-wants when nothing is left of it. Source: ADED, https://arxiv.org/abs/2407.12021, whose tables are dictionaries on the host.
+A bigram is hashed to one bucket, which it must own to be known. What is said gains weight. A thirteenth successor takes the
+place of the least; a bigram that finds its bucket taken lets the owner fade by as much as it would have gained, and has the
+bucket when nothing is left there. Source: ADED, https://arxiv.org/abs/2407.12021, whose tables are dictionaries on the host.
 """
 
 from collections.abc import Callable, Iterable, Sequence

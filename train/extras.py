@@ -3,8 +3,8 @@
     python -m train.extras --config configs/testbed.py --out runs/testbed ...
 
 Each method's coefficient is the one with the longest accepted drafts on the calibrate split. `decode.bench --methods
-merged-average merged-awd merged-doge` measures what was made. The table is counted
-in the train split, prompts and the target's answers; `adaptive` in bench drafts with it.
+merged-average merged-awd merged-doge` measures what was made. The table is counted in the train split, prompts and the
+target's answers; `adaptive` in bench drafts with it.
 """
 
 from collections.abc import Callable
