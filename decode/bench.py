@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,6 +22,7 @@ from decode.figures import Ask, Pass, choices, cluster_figures, figures, rounds_
 from decode.methods import Setting
 from decode.rivals import Contender
 from decode.settings import Bench
+from decode.summary import summary
 from decode.work import Decoder, Work, quickest
 from jaxspec import serving, sharding
 from jaxspec.config import UserError, command_line
@@ -29,7 +30,7 @@ from jaxspec.engine import Engine
 from jaxspec.requests import Request, bucket_of, room_of
 from jaxspec.router import TRUNK
 from jaxspec.store.models import encode
-from jaxspec.store.pool import ONLINE, TEST, Pool, draft_length, load_pool, with_target
+from jaxspec.store.pool import ONLINE, TEST, Pool, draft_length, find_pool, load_pool, with_target
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import write_json
 
@@ -47,17 +48,20 @@ def run(config: Bench) -> None:
 class Prepared(NamedTuple):
     """All that is ready to be timed: pools, what is decoded by which methods, and their programs.
 
-    width: of the autoregressive baseline.
+    width: of the autoregressive baseline; trained: what methods took to train.
     """
 
     contenders: list[Contender]
     work: Work
     engines: Mapping[str, Decoder]
     width: int
+    trained: Mapping[str, Any]
 
 
 def prepare(config: Bench) -> Prepared:
     """Loads pools and prompts and makes the methods' programs; UserError for what cannot be measured."""
+    find_pool(config.pool)
+    config = dataclasses.replace(config, methods=methods.expanded(config.methods, Path(config.pool)))
     _check(config)
     mesh = sharding.asked(config.mesh)
     sharding.check_rows(config.batch, mesh, "--batch")
@@ -74,12 +78,12 @@ def prepare(config: Bench) -> Prepared:
     work = Work(config, asks, batches, of_all(methods.choosing))
     width, autoregressive = _fastest(work, pool, shape, rule)
     engines = of_all(methods.engines) | {"autoregressive": autoregressive}
-    return Prepared(contenders, work, engines, width)
+    return Prepared(contenders, work, engines, width, of_all(methods.trained))
 
 
 def measure(prepared: Prepared) -> tuple[dict, list[Pass]]:
     """The bench's JSON, and the passes that it comes from."""
-    contenders, work, engines, width = prepared
+    contenders, work, engines, width, trained = prepared
     config, asks, pool = work.config, work.asks, contenders[0].pool
     rule = _rule(config)
     work.warm_up(engines)
@@ -91,6 +95,7 @@ def measure(prepared: Prepared) -> tuple[dict, list[Pass]]:
         **_conditions(config, pool, width),
         **figures(pool, asks, passes, parity, narrow),
         **_of_routing(contenders[0], passes, engines),
+        "trained": trained,
         "clusters": cluster_figures(pool),
         "curves": pool.facts["curves"],
         "rivals": {
@@ -295,10 +300,7 @@ def _print(bench: dict) -> None:
             for name in names[1:]
         ]
         print(f"| {task} | " + " | ".join(cells) + " |")
-    if bench["tree"]:
-        of = lambda row: [row[f] for f in ("mean_acceptance_length", "nodes_a_round", "drafter_calls_a_round")]
-        costs = (f"{name} {{:.2f}} ({{:g}}, {{:g}})".format(*of(bench["mean"][name])) for name in names[1:])
-        print(f"tokens a target call (nodes verified, drafter calls): {', '.join(costs)}")
+    print("\n".join(["", *summary(bench), ""]))
     if bench["mean"][names[-1]]["equal_to_autoregressive"] is not None:
         least = min(bench["tasks"][task][name]["equal_to_autoregressive"] for task in bench["tasks"] for name in names)
         print(f"equal to autoregressive decoding through the same program: {least:.4f} at least")

@@ -100,6 +100,7 @@ def _row(name: str, rows: list[int], by_row: dict, parity: dict) -> dict:
     fastest = by_row["autoregressive"][-1]
     return {
         "prompts": len(rows),
+        "tokens_per_second": statistics.median(_rate(one, rows) for one in by_row[name]),
         "seconds": median(lambda t: t.seconds),
         "prefill_seconds": median(lambda t: t.prefill),
         "decode_seconds": median(lambda t: t.decode),
@@ -124,8 +125,12 @@ def _speedup(by_row: dict, against: str, name: str, rows: list[int]) -> float | 
 
 def _gain(own: list, other: list, rows: list[int]) -> float:
     """Of one method's passes against another's."""
-    rate = lambda one: sum(len(one[i].completion.ids) for i in rows) / sum(one[i].seconds for i in rows)
-    return statistics.median(rate(a) / rate(b) for a, b in zip(own, other, strict=True))
+    return statistics.median(_rate(a, rows) / _rate(b, rows) for a, b in zip(own, other, strict=True))
+
+
+def _rate(one: dict[int, RowTime], rows: list[int]) -> float:
+    """Tokens per second of one pass."""
+    return sum(len(one[i].completion.ids) for i in rows) / sum(one[i].seconds for i in rows)
 
 
 def _mean(rows: list[dict]) -> dict:

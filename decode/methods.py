@@ -6,10 +6,12 @@ row are drafters that were added to a pool, which serve every prompt with the ch
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from decode import costs
 from decode.figures import Ask
 from decode.rivals import Contender
 from decode.settings import Bench
@@ -22,7 +24,8 @@ from jaxspec.requests import MAX_DRAFT, MAX_NODES
 from jaxspec.router import TRUNK
 from jaxspec.store import features
 from jaxspec.store.families import Options, options
-from jaxspec.store.pool import Pool, draft_length
+from jaxspec.store.pool import FEATURE, MERGED, METHODS, ONLINE, TRIGRAMS, Pool, draft_length, extra_file
+from jaxspec.store.stages import MANIFEST
 
 
 class Setting(NamedTuple):
@@ -70,11 +73,13 @@ class Chosen(NamedTuple):
 class Recipe(NamedTuple):
     """How a method is made; methods of one `engine` share its programs.
 
-    nodes: that a round verifies beyond those of a chain's slack; check: raises UserError for settings that it cannot have.
+    cost: what training it took, see `costs`; nodes: that a round verifies beyond those of a chain's slack; check: raises
+    UserError for settings that it cannot have.
     """
 
     choose: Callable[[Setting], Chosen]
     engine: Callable[[Setting], Engine]
+    cost: Callable[[Pool], costs.Cost | None]
     nodes: Callable[[Bench], int] = lambda config: 0
     check: Callable[[Bench], None] = lambda config: None
 
@@ -94,7 +99,26 @@ def engines(setting: Setting) -> dict[str, Engine]:
 def recipe(method: str) -> Recipe:
     """A method's, a rival's or not."""
     name = method.rpartition("/")[2]
-    return RECIPES.get(name, Recipe(partial(_always, name), _chains))
+    return RECIPES.get(name, Recipe(partial(_always, name), _chains, partial(costs.added, name)))
+
+
+def trained(setting: Setting) -> dict[str, costs.Cost | None]:
+    """What a pool's methods took to train, by their own names."""
+    return {name: recipe(name).cost(setting.pool) for name in setting.contender.methods}
+
+
+def expanded(methods: Sequence[str], pool: Path) -> tuple[str, ...]:
+    """The methods asked for, `all` being those that the pool has; says which it lacks and how to make them."""
+    if "all" not in methods:
+        return tuple(methods)
+    missing = {name: "train.extras" for name in MERGED if not extra_file(pool, name).exists()}
+    if not any((pool / FEATURE).glob(f"*/{MANIFEST}")):
+        missing[FEATURE] = "train.feature"
+    for name, command in missing.items():
+        print(f"bench: the pool has no {name}; `python -m {command}` makes it")
+    if not (pool / TRIGRAMS).exists():
+        print("bench: adaptive begins with an empty table; `python -m train.extras` counts one")
+    return tuple(dict.fromkeys([*(name for name in ALL if name not in missing), *(m for m in methods if m != "all")]))
 
 
 def most_nodes(config: Bench) -> int:
@@ -253,20 +277,29 @@ def check_cache(config: Bench) -> None:
             raise UserError(f"{said} will not do; give a number from 1 to {MAX_NODES}")
 
 
+def _on_trees(choose: Callable, engine: Callable, cost: Callable, own: Callable = check_tree) -> Recipe:
+    return Recipe(choose, engine, cost, nodes=lambda config: config.nodes, check=own)
+
+
 RECIPES = {
-    "routed": Recipe(_routed, _chains),
-    "chosen": Recipe(_fastest, _families),
-    "random": Recipe(partial(_beforehand, "random"), _chains),
-    "wrong": Recipe(partial(_beforehand, "wrong"), _chains),
-    "oracle": Recipe(partial(_beforehand, "oracle"), _chains),
-    "online": Recipe(partial(_online, None), _hedges),
-    "online-wrong": Recipe(partial(_online, "wrong"), _hedges),
-    "ngram": Recipe(partial(_always, "ngram"), _lookups),
-    "adaptive": Recipe(partial(_always, "adaptive"), _tables, lambda config: config.nodes, check_table),
-    "multi-draft": Recipe(_routed, _several),
-    "feature": Recipe(_featured, _guesses),
-    "tree": Recipe(_routed, _trees, lambda config: config.nodes, check_tree),
-    "graph": Recipe(_routed, _graphs, lambda config: config.nodes, check_graph),
-    "merged-trees": Recipe(_beside_mixed, _merged_trees, lambda config: config.nodes, check_tree),
-    "card": Recipe(_routed, _cached, check=check_cache),
+    "autoregressive": Recipe(partial(_always, "autoregressive"), _chains, costs.nothing),
+    "base": Recipe(partial(_always, "base"), _chains, costs.nothing),
+    "mixed": Recipe(partial(_always, "mixed"), _chains, costs.mixed),
+    "routed": Recipe(_routed, _chains, costs.specialists),
+    "chosen": Recipe(_fastest, _families, costs.both),
+    "random": Recipe(partial(_beforehand, "random"), _chains, costs.specialists),
+    "wrong": Recipe(partial(_beforehand, "wrong"), _chains, costs.specialists),
+    "oracle": Recipe(partial(_beforehand, "oracle"), _chains, costs.specialists),
+    "online": Recipe(partial(_online, None), _hedges, costs.both),
+    "online-wrong": Recipe(partial(_online, "wrong"), _hedges, costs.both),
+    "ngram": Recipe(partial(_always, "ngram"), _lookups, costs.nothing),
+    "adaptive": _on_trees(partial(_always, "adaptive"), _tables, partial(costs.added, "adaptive"), check_table),
+    "multi-draft": Recipe(_routed, _several, costs.specialists),
+    "feature": Recipe(_featured, _guesses, costs.of_features),
+    "tree": _on_trees(_routed, _trees, costs.specialists),
+    "graph": _on_trees(_routed, _graphs, costs.specialists, check_graph),
+    "merged-trees": _on_trees(_beside_mixed, _merged_trees, costs.both),
+    "card": Recipe(_routed, _cached, costs.specialists, check=check_cache),
 }
+ALL = tuple(name for name in METHODS if name not in ONLINE)
+"""What `all` stands for, of a pool that has it."""

@@ -23,16 +23,16 @@ class Bench:
     json: str = ""
     """File for the results."""
     methods: tuple[str, ...] = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "oracle")
-    """Any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram, adaptive, tree, graph, merged-trees,
-    multi-draft, card, feature, online and online-wrong: `routed` drafts with the drafter of the prompt's task, `chosen` with
-    the drafter and, one prompt at a time, the draft length that promise the most, `ngram` with what followed in the text
-    before, `tree` as routed, token trees of `nodes` and `depth` in place of chains, `graph` such trees in which nodes that end
-    alike are drafted once, `merged-trees` those of routed and mixed under one root, `adaptive` those of trigram tables, which
-    learn as they decode, `multi-draft` as routed with several drafts of every place, `card` as routed out of a cache of
-    candidates that is filled while the target verifies; `feature`, once `train.feature` has trained it, with guesses of the
-    target's hidden states; `online` begins as routed and `online-wrong` with a wrong drafter, and both change it within the
-    text for the one that the target agrees with; merged-average, merged-awd, merged-doge, once `train.extras` has made them;
-    and what `train.adopt` has added; NAME/METHOD is a rival's method."""
+    """`all` that the pool has, or any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram, adaptive,
+    tree, graph, merged-trees, multi-draft, card, feature, online and online-wrong: `routed` drafts with the drafter of the
+    prompt's task, `chosen` with the drafter and, one prompt at a time, the draft length that promise the most, `ngram` with
+    what followed in the text before, `tree` as routed, token trees of `nodes` and `depth` in place of chains, `graph` such
+    trees in which nodes that end alike are drafted once, `merged-trees` those of routed and mixed under one root, `adaptive`
+    those of trigram tables, which learn as they decode, `multi-draft` as routed with several drafts of every place, `card` as
+    routed out of a cache of candidates that is filled while the target verifies; `feature`, once `train.feature` has trained
+    it, with guesses of the target's hidden states; `online` begins as routed and `online-wrong` with a wrong drafter, and
+    both change it within the text for the one that the target agrees with; merged-average, merged-awd, merged-doge, once
+    `train.extras` has made them; and what `train.adopt` has added; NAME/METHOD is a rival's method."""
     rivals: tuple[str, ...] = ()
     """Further pools of the same target, each NAME=POOL, or NAME=POOL,DRAFT where its base drafter has another place than its
     manifest says: a row NAME measures a rival's routed drafters at its own draft length, in the type and on the mesh of

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from decode import methods, throughput
 from decode.bench import run
 from decode.figures import Ask, first_differences
 from decode.settings import Bench
+from decode.summary import summary
 from decode.throughput import Throughput
 from jaxspec import router, serving, shift
 from jaxspec.adapters import Stacked
@@ -25,6 +27,7 @@ from jaxspec.store.stages import read_arrays
 from jaxspec.transformer import NARROW
 
 FIELDS = {
+    "tokens_per_second",
     "prompts", "tokens", "seconds", "prefill_seconds", "decode_seconds", "draft_accuracy", "draft_acceptance_rate",
     "mean_acceptance_length", "acceptance_by_position", "equal_to_autoregressive", "equal_to_fastest_autoregressive",
     "speedup_vs_autoregressive", "speedup_vs_base", "nodes_a_round", "drafter_calls_a_round",
@@ -58,6 +61,30 @@ def bench(pool, tmp_path_factory):
         )
     )
     return json.loads(out.read_text())
+
+
+def test_all_is_what_the_pool_has_and_says_how_to_make_the_rest(pool, capsys):
+    found = methods.expanded(("all", "online"), Path(pool))
+    said = capsys.readouterr().out
+    lacking = {*MERGED, FEATURE}
+    assert set(found) == {*pool_methods} - lacking - {"online-wrong"} and len(set(found)) == len(found)
+    assert {name for name in lacking if f"has no {name}; `python -m train." in said} == lacking
+    assert "empty table; `python -m train.extras`" in said
+    assert set(methods.RECIPES) == {*pool_methods} - {*MERGED}
+    assert methods.expanded(("base", "routed"), Path(pool)) == ("base", "routed")
+
+
+def test_the_summary_says_what_methods_cost(bench, loaded):
+    lines = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in summary(bench)}
+    assert {"method", "routed", "tree"} <= set(lines)
+    trained = loaded.facts["trained"]
+    parameters = lambda *parts: sum(trained[part]["parameters"] for part in parts)
+    size = sum(leaf.size for leaf in jax.tree.leaves(loaded.pair.draft.params))
+    assert trained["trunk"]["parameters"] == trained["mixed"]["parameters"] == size
+    assert lines["mixed"][-2] == f"{parameters('trunk', 'mixed'):,}" and lines["base"][-2] == "0"
+    assert lines["routed"][-2] == f"{parameters('trunk', 'specialists'):,}"
+    assert lines["routed"][-3] == "yes" and float(lines["routed"][-1].rstrip(" |")) > 0
+    assert summary({**bench, "trained": dict.fromkeys(bench["trained"])})[-1].endswith("| - | - |")
 
 
 def test_every_method_emits_what_autoregressive_decoding_emits(bench):

@@ -121,7 +121,7 @@ def test_their_drafter_is_the_one_that_the_prompt_was_routed_to(loaded, monkeypa
     work = Work(Bench(pool=""), asks, [("", [2]), ("", [0]), ("", [1])], methods)
     monkeypatch.setattr(peer, "theirs_of", lambda pool, routes, k, place: loaded_there.extend(routes))
     contender = Contender("", loaded, ("routed",), asks)
-    beside = peer.with_theirs(Prepared([contender], work, {"routed": router}, 1), "cpu")
+    beside = peer.with_theirs(Prepared([contender], work, {"routed": router}, 1, {}), "cpu")
     assert beside.work.methods["assisted"].routes.tolist() == routed_to and sorted(loaded_there) == [-1, 0, 2]
     assert beside.work.methods["generate"].routes is None
 

@@ -197,13 +197,12 @@ def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
 
 
 def _trained(results: dict) -> dict[str, dict[str, Any]] | None:
-    """Parameters and seconds of all that was trained for the specialists, and for `mixed`; None in earlier versions."""
-    chosen = {"routed": results["bank"], "mixed": results["mixed"]}
-    if not all(isinstance(own, str) and "seconds" in results[own] for own in chosen.values()):
+    """Parameters and seconds of the trunk, if there is one, of the specialists and of `mixed`; None in earlier versions."""
+    courses = {"trunk": "trunk", "specialists": results["bank"], "mixed": results["mixed"]}
+    known = {part: results[name] for part, name in courses.items() if isinstance(name, str) and name in results}
+    if not all("seconds" in own for own in known.values()):
         return None
-    courses = lambda name: [results[own] for own in ("trunk", name) if own in results]
-    of = lambda name: {key: sum(own[key] for own in courses(name)) for key in ("parameters", "seconds")}
-    return {method: of(name) for method, name in chosen.items()}
+    return {part: {key: own[key] for key in ("parameters", "seconds")} for part, own in known.items()}
 
 
 def _curves(file: Path) -> dict[str, dict[str, list]]:

@@ -7,6 +7,7 @@ merged-average merged-awd merged-doge` measures what was made. The table is coun
 target's answers; `adaptive` in bench drafts with it.
 """
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ def run(experiment: Experiment) -> None:
     said: dict[str, dict] = {"adaptive": _counted(pool.path / TRIGRAMS, traces, partition)}
     judge = Judge(pool.pair, traces, partition, experiment.calibrate.texts)
     for name, candidates in _mergers(updates(pool.trunk, pool.bank)).items():
-        scores = {}
+        scores, started = {}, time.time()
         for scale, make in tqdm(candidates.items(), desc=name, unit="coefficient"):
             weights = added(pool.trunk, make())
             scores[scale] = float(np.mean([lengths[K] for lengths in judge.lengths(weights) if lengths]))
@@ -47,20 +48,28 @@ def run(experiment: Experiment) -> None:
                 best = weights
         write_tree(extra_file(pool.path, name), best)
         said[name] = {"coefficient": max(scores, key=scores.__getitem__), "acceptance_length": scores}
+        said[name] |= {"of_specialists": True, "parameters": 0, "seconds": time.time() - started}
         print(
             f"extras: {name}: {max(scores.values()):.3f} tokens a round at K = {K}, coefficient {said[name]['coefficient']}"
         )
     write_json(pool.path / EXTRAS, said)
 
 
-def _counted(file: Path, traces: Traces, partition: dict) -> dict[str, int]:
+def _counted(file: Path, traces: Traces, partition: dict) -> dict[str, float]:
     """Counts the train split's trigrams and writes the table; what is said of it."""
+    started = time.time()
     texts = [traces.tokens[i] for i in np.flatnonzero(partition["split"] == 0)]
     table = jax.tree.map(np.asarray, trigrams.counted(texts))
     write_arrays(file, table._asdict())
     known = int((table.bigram[:, 1] != trigrams.NOBODY).sum())
     print(f"extras: adaptive: {known} bigrams of {len(texts)} texts in {len(table.bigram)} buckets")
-    return {"texts": len(texts), "tokens": sum(map(len, texts)), "bigrams": known, "buckets": len(table.bigram)}
+    size: dict[str, float] = {
+        "texts": len(texts),
+        "tokens": sum(map(len, texts)),
+        "bigrams": known,
+        "buckets": len(table.bigram),
+    }
+    return size | {"parameters": 0, "seconds": time.time() - started}
 
 
 def _mergers(tau: merging.Updates) -> dict[str, dict[float, Callable[[], merging.Updates]]]:

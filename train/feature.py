@@ -8,6 +8,7 @@ feature` takes the one with the longest accepted drafts. A variant that is there
 """
 
 import json
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -95,8 +96,10 @@ def run(config: Feature) -> None:
         parents = {"trace": manifest(stages, "trace")["digest"], "partition": manifest(stages, "partition")["digest"]}
         stage = open_stage(str(folder_of(pool)), variant, config=said, parents=parents)
         if not stage.complete:
+            started = time.time()
             own = Learnt(_layer(pool), _train(config, variant, pool, material, stage.folder))
-            write_learnt(stage, variant, own, _measured(pool, own, k, material.held))
+            cost = {"seconds": time.time() - started}
+            write_learnt(stage, variant, own, cost | _measured(pool, own, k, material.held))
     _say(pool, config, k)
 
 

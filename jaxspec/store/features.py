@@ -41,16 +41,21 @@ def measured_of(pool: Pool) -> dict[str, dict]:
     return {file.parent.name: read_json(file)["results"] for file in manifests}
 
 
-@lru_cache(maxsize=4)
-def best(pool: Pool) -> Learnt:
+def best_name(pool: Pool) -> str:
     """The variant with the longest accepted drafts on the calibrate split; UserError where none is trained."""
     found = measured_of(pool)
     if not found:
         raise UserError(
             f"{pool.path} has no drafter of features; `python -m train.feature --pool {pool.path}` trains one"
         )
-    name = max(found, key=lambda own: found[own]["mean_acceptance_length"])
-    config = _shape(found[name]["layer"])
+    return max(found, key=lambda own: found[own]["mean_acceptance_length"])
+
+
+@lru_cache(maxsize=4)
+def best(pool: Pool) -> Learnt:
+    """That variant."""
+    name = best_name(pool)
+    config = _shape(measured_of(pool)[name]["layer"])
     return Learnt(config, read_tree(folder_of(pool) / name / FILE, abstract(config, name, pool.pair.target)))
 
 
