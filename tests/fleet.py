@@ -72,7 +72,7 @@ CASES = {
     "adaptive": Case(verify.rejection, "trigrams", True, 6, lambda k: adaptive_drafter(k, depth=3, beam=2)),
     "features": Case(verify.rejection, "features", True, drafter=lambda k: feature_drafter(single_layer(TARGET), k)),
     "query and correct": Case(
-        verify.rejection, "gathered", True, drafter=lambda k: cached_drafter(DRAFT, k, layers=k + 1, width=2)
+        verify.rejection, "gathered", True, drafter=lambda k: cached_drafter(DRAFT, k, layers=k + 1, width=16)
     ),
     "silent": Case(verify.greedy, "none", False, drafted=0),
 }
