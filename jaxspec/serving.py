@@ -250,14 +250,14 @@ def chosen(pool: Pool, slots: int, among: Options, *, bank: bool = False) -> Met
 
     Several slots share the longest length. With one length the choice is the same for any number of slots, and rows draft
     with the bank, which the mixed drafter is no part of: where it promises more, it serves all rows, unless requests name
-    drafters of the `bank`.
+    drafters of the `bank`; rounds of a bank that take longer count against it.
     """
     alone, mixed, trunk = among.alone, len(pool.tasks), len(pool.names) - 1
     base = pool.names.index("base") if alone else trunk
     of_bank = [*range(mixed), trunk]
     share = np.array(pool.facts["sizes"]) / sum(pool.facts["sizes"])
-    mean = np.einsum("t,dtk->d", share, among.seconds[: trunk + 1, :, -1:])
-    united = not (alone or bank) and mean[mixed] <= mean[of_bank].min()
+    each = among.seconds[: trunk + 1, :, -1]
+    united = not (alone or bank) and share @ each[mixed] <= among.apart * (share @ each[of_bank].min(0))
     drafters = [mixed] if united else np.flatnonzero(among.family >= 0).tolist() if alone else of_bank
 
     whom = drafters, [mixed] if alone or united else [base], [mixed] if united else [base]

@@ -219,6 +219,43 @@ def test_the_chosen_drafter_and_length_are_those_of_the_least_expected_time(load
     assert 3 not in banked.route and (banked.route[sure & (found.task == 0)] == 0).all()
 
 
+def specialised(facts: dict, mixed: float) -> dict:
+    """Facts of a pool whose specialists have 4 tokens a round on their own tasks, else one, and mixed as many everywhere."""
+    of = lambda task: [[4.0] * 17 if other == task else [1.0] * 17 for other in range(3)]
+    everywhere = lambda tokens: [[tokens] * 17] * 3
+    lengths = {f"task {task}": of(task) for task in range(3)}
+    lengths |= {"mixed": everywhere(mixed)} | {name: everywhere(1.0) for name in ("base", "trunk")}
+    return facts | {"acceptance_length": lengths, "sizes": [1, 1, 1], "fallback_below": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("mixed", "bank", "united"), [(3.0, 1.0, False), (3.0, 1.5, True), (4.5, 1.0, True), (1.0, 3.0, False)]
+)
+def test_rows_share_the_mixed_drafter_only_where_it_is_faster_than_each_ones_own(loaded, mixed, bank, united):
+    """4 tokens of a row's own drafter, in rounds that take `bank` times as long, against those of mixed."""
+    rows = {2: {"tokens_per_second": 1.0, "round_milliseconds": bank, "mixed_round_milliseconds": 1.0}}
+    facts = specialised(loaded.facts, mixed) | {"calibration_by_slots": {4: rows}}
+    pool = dataclasses.replace(loaded, facts=facts, normal=None)
+    found = serving.chosen(pool, 4, options(facts, slots=4)).route(features_of(loaded))
+    assert (found.route == 3).all() == united
+    if not united:
+        assert (found.route == found.task).all()
+    assert serving.chosen(pool, 4, options(facts, 2)).route(features_of(loaded)).route.tolist() == (
+        [3] * len(found.route) if mixed > 4 else found.task.tolist()
+    )
+
+
+def test_what_is_chosen_is_expected_to_be_no_slower_than_any_single_drafter():
+    """Of any table of seconds a token by drafter, task and length, for prompts whose task is known."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        seconds = rng.lognormal(size=(5, 3, 4))
+        share = rng.dirichlet(np.ones(3))
+        drafter, length = router.fastest(np.eye(3), seconds)
+        chosen = share @ seconds[drafter, np.arange(3), length]
+        assert chosen <= np.einsum("t,dtk->dk", share, seconds).min() + 1e-12
+
+
 def test_a_prompt_between_tasks_gets_what_serves_both():
     seconds = router.token_seconds(np.array([[[3.0], [1.0]], [[1.0], [3.0]], [[2.0], [2.0]]]), np.ones(1))
     probability = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])

@@ -51,6 +51,7 @@ from jaxspec.store.traces import Traces, check_models, read_traces
 from jaxspec.timing import timed
 
 FULL = 2  # times that requests fill the slots in which they are timed
+UNITED = "mixed"  # who serves all rows where that is faster
 
 
 def run(experiment: Experiment) -> None:
@@ -82,10 +83,13 @@ def run(experiment: Experiment) -> None:
     requests = _sample(experiment, traces, partition)
     fewest, *more = _numbers_of_slots(experiment, pool)
     table = _timed(experiment, _ways(experiment, pool, others, NGRAM in facts["further"], fewest, requests), requests)
+    table[""] = _with_mixed(table)
+    rows = {fewest: table[""]}
     for name, own in table.items():
         (facts["further"][name] if name else facts)["calibration"] = own
-    rows = {own: _timed(experiment, _ways(experiment, pool, {}, False, own, requests), requests) for own in more}
-    facts["calibration_by_slots"] = {fewest: table[""], **{slots: own[""] for slots, own in rows.items()}}
+    for slots in more:
+        rows[slots] = _with_mixed(_timed(experiment, _ways(experiment, pool, {}, False, slots, requests), requests))
+    facts["calibration_by_slots"] = rows
     finish(stage, **facts)
     _say(facts)
     by_slots = ", ".join(
@@ -113,6 +117,14 @@ def _timed(experiment: Experiment, ways: dict, requests: Sequence[Request]) -> d
     for (name, k), row in timed(ways, filling, experiment.calibrate.passes).items():
         table[name][k] = row
     return table
+
+
+def _with_mixed(table: dict[str, dict[int, dict]]) -> dict[int, dict]:
+    """The pool's own rows, with what rounds take where `mixed` serves all slots; it is taken out of the table."""
+    united = table.pop(UNITED, {})
+    return {
+        k: row | {"mixed_round_milliseconds": united.get(k, row)["round_milliseconds"]} for k, row in table[""].items()
+    }
 
 
 def _further(spec: Calibrate) -> list[Place]:
@@ -275,10 +287,12 @@ def _ways(
     shape: dict[str, Any] = {"slots": slots, "room": room_of(bucket_of(longest), spec.max_new_tokens)}
     drafting = [k for k in spec.lengths if k]
     ways = {("", k): (serving.speculative(pool, k, **shape), serving.given(pool, slots)) for k in spec.lengths}
+    for k in drafting if slots > 1 else ():  # where it serves all rows, a round has no bank to read
+        ways[UNITED, k] = ways["", k][0], serving.always(pool, UNITED, slots)
     for k in drafting if looks_up else ():
         ways[NGRAM, k] = serving.looking_up(pool, k, **shape), serving.always(pool, NGRAM, slots)
     for name, other in others.items():
-        method = serving.always(other, "mixed", slots)  # a round takes as long with any of its drafters
+        method = serving.always(other, UNITED, slots)  # a round takes as long with any of its drafters
         ways |= {(name, k): (serving.speculative(other, k, **shape), method) for k in drafting}
     return ways
 

@@ -13,7 +13,16 @@ import numpy as np
 
 from jaxspec import router
 from jaxspec.config import UserError
-from jaxspec.store.pool import NAME, Pool, draft_length, drafter_names, expected_seconds, load_beside, tokens_a_round
+from jaxspec.store.pool import (
+    NAME,
+    Pool,
+    calibration,
+    draft_length,
+    drafter_names,
+    expected_seconds,
+    load_beside,
+    tokens_a_round,
+)
 
 NGRAM = "ngram"
 
@@ -35,6 +44,7 @@ class Options(NamedTuple):
     rounds where the length was asked for.
     families: (name, lengths) of those that are the fastest on some task; the first, of no name, is the pool's own.
     family: `[D]` index of each drafter's family, -1 for one that is not needed.
+    apart: what a round of rows that have drafters of their own takes, over one of rows that share one.
     """
 
     alone: bool
@@ -43,6 +53,7 @@ class Options(NamedTuple):
     seconds: np.ndarray
     families: tuple[tuple[str, tuple[int, ...]], ...]
     family: np.ndarray
+    apart: float = 1.0
 
 
 def place(flag: str, said: str) -> Place:
@@ -66,7 +77,11 @@ def options(facts: Mapping[str, Any], asked: int | None = None, slots: int = 1) 
     if asked is not None or slots > 1:
         k = draft_length(facts, asked, slots=slots)
         rounds = router.token_seconds(tokens_a_round(facts, names, [k]), np.ones(1))  # that length may not be measured
-        return Options(False, (k,), names, rounds, (("", (k,)),), np.zeros(len(names), int))
+        row = calibration(facts, slots).get(k, {}) if slots > 1 else {}  # one row has merged weights, whosever they are
+        apart = (
+            row["round_milliseconds"] / row["mixed_round_milliseconds"] if "mixed_round_milliseconds" in row else 1.0
+        )
+        return Options(False, (k,), names, rounds, (("", (k,)),), np.zeros(len(names), int), apart)
     lengths = tuple(sorted(map(int, facts["calibration"])))
     measured = {"": (facts, names)}
     measured |= {name: (own, tuple(own["acceptance_length"])) for name, own in facts["further"].items()}
