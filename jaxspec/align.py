@@ -6,6 +6,7 @@ given all that a batch says of it: a divergence from the kept distribution, or, 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -134,6 +135,11 @@ def negative_log_likelihood(log_q: Array, batch: Batch, temperature: float = 1.0
 
 LOSSES = {name: from_kept(own) for name, own in DIVERGENCES.items()}
 LOSSES |= {"negative_log_likelihood": negative_log_likelihood}
+
+
+def loss_of(divergence: str, beta: float) -> Callable:
+    """The loss of that name; `beta` is that of JSD(beta)."""
+    return from_kept(partial(jensen_shannon, beta=beta)) if divergence == "jensen_shannon" else LOSSES[divergence]
 
 
 def aligner(

@@ -77,6 +77,8 @@ class Align:
 
     divergence: Divergence = "forward_kl"
     """What training lowers: a distance from the target's distribution to the drafter's, or -log q of its text alone."""
+    beta: float = 0.5
+    """Of `jensen_shannon`: the target's share of the mixture that both are compared with."""
     temperature: float = 1.0
     """Temperature that target and drafter are compared at; another than 1 leaves out what the trace did not keep."""
     rank: int = 16
@@ -257,7 +259,7 @@ def command_line(config_type: type[Config], run: Callable[[Config], None], argv:
 
 
 MAY_BE_ZERO = ("seed", "process", "lengths", "drafted", "num_speculative_tokens")
-SHARES = ("trunk", "warmup", "fallback_below", "select", "on_policy", "replay")
+SHARES = ("beta", "trunk", "warmup", "fallback_below", "select", "on_policy", "replay")
 
 
 def check_numbers(config: Any, prefix: str = "--") -> None:

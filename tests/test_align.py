@@ -307,3 +307,29 @@ def test_the_pool_keeps_the_curves_of_every_course_and_each_step_once(finished, 
     found = calibrate._curves(tmp_path / "metrics.jsonl")
     assert found["bank"] == {"step": [10, 20], "loss": [[0.5], [0.3]], "agreement": [[0.5], [0.7]]}
     assert found["mixed"]["step"] == [10]
+
+
+def test_beta_is_the_mixture_of_jensen_shannon_and_of_nothing_else():
+    log_q, log_p = (jnp.asarray(log_softmax(seed, 1, 1, VOCAB)) for seed in (0, 1))
+    batch = BATCH._replace(
+        top_ids=np.arange(VOCAB - 1)[None, None], log_p=align.coarse(log_p, jnp.arange(VOCAB - 1)[None, None])
+    )
+    of = lambda name, beta: float(align.loss_of(name, beta)(log_q, batch)[0, 0])
+    assert of("jensen_shannon", 0.2) == pytest.approx(float(align.jensen_shannon(log_q, log_p, 0.2)[0, 0]), rel=1e-4)
+    assert of("jensen_shannon", 0.2) != pytest.approx(of("jensen_shannon", 0.5), rel=1e-2)
+    assert of("forward_kl", 0.2) == of("forward_kl", 0.5)
+
+
+def test_bfloat16_is_computed_with_and_float32_is_trained(finished, world):
+    """A step that bfloat16 could not take is kept in the masters."""
+    draft = read_model(str(world.draft), jnp.bfloat16)
+    own = stage.full_fine_tune(finished, draft, 400)
+    masters = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), draft.params)
+    found, rows = read_traces(finished.out), [[0], [1]]
+    batch = as_batch(found, rows, 64, places(found, rows, 64))
+    state, _ = jax.jit(own.step)((), own.init(masters), batch, 1e-6)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    lost = lambda new, old: bool(((new.astype(jnp.bfloat16) == old) & (new != old.astype(jnp.float32))).any())
+    assert all(jax.tree.leaves(jax.tree.map(lost, state.params["layers"], draft.params["layers"])))
+    say = lambda params: stage._full_log_q(draft, 400, (), params, batch.tokens, batch.segments, batch.at)
+    assert say(state.params).dtype == jnp.float32 and "bf16" in str(jax.make_jaxpr(say)(masters))

@@ -280,6 +280,7 @@ def test_selection_has_each_drafter_but_the_trunk_trained_twice(experiment, monk
         ({"on_policy": 0.1}, "--align.on-policy 0.1 of --align.rows 2 is no row; give 0.5 or more"),
         ({"replay": 0.2}, "--align.replay 0.2 of --align.rows 2 is no row; give 0.5 or more"),
         ({"temperature": 0.0}, "--align.temperature 0.0 leaves nothing to compare; give a number above 0"),
+        ({"beta": 1.0}, "--align.beta 1.0 mixes nothing"),
         ({"select": 0.0}, "--align.select 0.0 leaves no token"),
         ({"on_policy": 0.5, "refresh": 50}, "--align.refresh 50 does not divide --align.checkpoint-every 2"),
     ],

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from jaxspec import sharding
 from jaxspec.adapters import Whole, init_bank, merge, scaled
-from jaxspec.align import LOSSES, Aligner, AlignState, Batch, aligner, optimiser, schedule
+from jaxspec.align import Aligner, AlignState, Batch, aligner, loss_of, optimiser, schedule
 from jaxspec.config import Align, Experiment, UserError, command_line, plain
 from jaxspec.forced import log_q
 from jaxspec.packing import as_batch, packed_rows, places
@@ -118,6 +118,8 @@ def check(experiment: Experiment, mesh: Mesh) -> None:
         raise UserError(
             "--align.temperature 0.0 leaves nothing to compare; give a number above 0, 1 for the models' own"
         )
+    if spec.beta in (0, 1):
+        raise UserError(f"--align.beta {spec.beta} mixes nothing; give a share between 0 and 1, or another divergence")
     if not spec.select:
         raise UserError("--align.select 0.0 leaves no token to learn from; give a share above 0, 1 for all tokens")
     if spec.on_policy and spec.checkpoint_every % spec.refresh:
@@ -217,7 +219,7 @@ def full_fine_tune(experiment: Experiment, draft: Model, vocab_size: int) -> Ali
 
 def _aligner(experiment: Experiment, log_q: Callable) -> Aligner:
     spec = experiment.align
-    loss = partial(LOSSES[spec.divergence], temperature=spec.temperature)
+    loss = partial(loss_of(spec.divergence, spec.beta), temperature=spec.temperature)
     return aligner(log_q, loss, optimiser(), share=spec.select, parts=spec.accumulate)
 
 
