@@ -4,24 +4,26 @@
 
 Tokens and outcomes are those of the schedule, on one device as on two, whatever either takes. How long rounds would take
 side by side is simulated from a target call and a drafter call, which are measured here in turn, or given: a round lasts as
-long as the longer of its target call and its drafter calls. No time of two devices is measured. Source: CARD,
-https://arxiv.org/abs/2508.04462.
+long as the longer of its target call and its drafter calls. `--apart` runs it so, on a mesh for each, and measures rounds.
+Source: CARD, https://arxiv.org/abs/2508.04462.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from decode.bench import Prepared, prepare
 from decode.figures import Result
 from decode.methods import check_cache
-from decode.settings import Bench
-from jaxspec import metrics, serving
+from decode.settings import Bench, Card
+from jaxspec import metrics, serving, sharding
 from jaxspec.candidates import HIT, MISS, PARTIAL
 from jaxspec.config import UserError, command_line
 from jaxspec.engine import Engine
@@ -34,62 +36,30 @@ OUTCOMES = {"hit": HIT, "partial": PARTIAL, "miss": MISS}
 SAMPLE = 4  # prompts that components are timed on
 
 
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """What is measured, and how."""
-
-    pool: str
-    """Folder of the pool."""
-    prompts: str = ""
-    """Prompts to decode, one at a time; without it the pool's own test split."""
-    limit: int = 2
-    """First prompts taken of each task."""
-    num_speculative_tokens: int | None = None
-    """Tokens of the longest chain that is verified; None is what calibration chose."""
-    layers: tuple[int, ...] = (4,)
-    """Layers that the drafter adds while the target verifies, each in one call."""
-    layer_nodes: tuple[int, ...] = (8,)
-    """Nodes of a layer, and children that each of them is given."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy."""
-    target_milliseconds: float | None = None
-    """What a target call takes; None measures it here."""
-    drafter_milliseconds: float | None = None
-    """What a drafter call takes, which reads a layer; None measures it here."""
-    passes: int = 3
-    """Timed passes, where something is measured."""
-    max_new_tokens: int = 96
-    """Longest completion, in tokens."""
-    seed: int = 0
-    """Seed of sampling."""
-    dtype: Literal["", "float32", "bfloat16"] = ""
-    """float32 or bfloat16; empty is what the pool was made with."""
-    target: str = ""
-    """Another place of the pool's target."""
-    draft: str = ""
-    """Another place of the pool's base drafter."""
-    json: str = ""
-    """File for the figures."""
-
-
 def run(config: Card) -> None:
     """Prints the tables and writes the JSON."""
     _check(config)
+    meshes = sharding.sides(config.mesh, config.draft_mesh) if config.apart else None
+    slots = math.lcm(config.mesh.data, config.draft_mesh.data)
     same = ("pool", "prompts", "limit", "num_speculative_tokens", "temperature", "max_new_tokens", "seed", "dtype")
-    asked = {name: getattr(config, name) for name in (*same, "target", "draft")}
-    prepared = prepare(Bench(**asked, methods=("card",), widths=(1,), layers=config.layers[0]))
+    asked = {name: getattr(config, name) for name in (*same, "target", "draft", "mesh")}
+    prepared = prepare(Bench(**asked, methods=("card",), widths=(1,), layers=config.layers[0], batch=slots))
     pool = prepared.contenders[0].pool
-    k = draft_length(pool.facts, config.num_speculative_tokens, least=1, slots=1)
+    k = draft_length(pool.facts, config.num_speculative_tokens, least=1, slots=slots)
     shapes = [(layers, nodes) for layers in config.layers for nodes in config.layer_nodes]
     engines = {shape: _engine(prepared, k, *shape) for shape in shapes}
     times = _times(config, prepared, engines, k)
-    rows = [_row(prepared, engine, shape, times[shape]) for shape, engine in engines.items()]
+    if meshes:
+        engines = {shape: _engine(prepared, k, *shape, meshes) for shape in shapes}
+    measured = _timed(prepared, engines, config.passes) if meshes else {}
+    rows = [_row(prepared, engine, shape, times[shape], measured.get(shape)) for shape, engine in engines.items()]
     said = {name: getattr(config, name) or "measured" for name in ("target_milliseconds", "drafter_milliseconds")}
-    _print(rows, k, said)
+    devices = _devices(meshes)
+    _print(rows, k, said, devices)
     if config.json:
         known = {"pool": config.pool, "device": jax.devices()[0].device_kind, "num_speculative_tokens": k}
         known |= {"temperature": config.temperature, "limit": config.limit, "milliseconds": said}
-        write_json(Path(config.json), {**known, "rows": rows})
+        write_json(Path(config.json), {**known, "slots": slots, "apart": devices, "rows": rows})
 
 
 def simulated(
@@ -115,8 +85,10 @@ def simulated(
     }
 
 
-def _row(prepared: Prepared, engine: Engine, shape: tuple[int, int], times: tuple[float, float]) -> dict[str, Any]:
-    """Figures of all prompts together, by task, and simulated."""
+def _row(
+    prepared: Prepared, engine: Engine, shape: tuple[int, int], times: tuple[float, float], measured: dict | None
+) -> dict[str, Any]:
+    """Figures of all prompts together, by task, simulated, and what of the engine is measured."""
     by_task: dict[str, list[Result]] = defaultdict(list)
     for task, prompts in prepared.work.batches:
         by_task[task].append(prepared.work.decode(engine, "card", prompts))
@@ -124,7 +96,8 @@ def _row(prepared: Prepared, engine: Engine, shape: tuple[int, int], times: tupl
     tasks = {task: _figures(own) for task, own in by_task.items()}
     timeline = simulated(_record(of_all).sum(0), int(_total(of_all).num_emitted), *times)
     layers, nodes = shape
-    return {"layers": layers, "layer_nodes": nodes, **_figures(of_all), "tasks": tasks, "simulated": timeline}
+    own = {"layers": layers, "layer_nodes": nodes, **_figures(of_all), "tasks": tasks}
+    return own | {"simulated": timeline, "measured": measured}
 
 
 def _figures(results: Sequence[Result]) -> dict[str, Any]:
@@ -150,6 +123,11 @@ def _total(results: Sequence[Result]) -> metrics.Counts:
 
 
 def _check(config: Card) -> None:
+    own = config.draft_mesh
+    if not config.apart and own.data * own.model > 1:
+        raise UserError(
+            f"--draft-mesh of data={own.data} x model={own.model} goes with --apart; add it, or leave the mesh out"
+        )
     for layers in config.layers:
         for nodes in config.layer_nodes:
             check_cache(Bench(pool=config.pool, layers=layers, layer_nodes=nodes))
@@ -158,13 +136,14 @@ def _check(config: Card) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} will not do; give a number above 0, or leave it out")
 
 
-def _engine(prepared: Prepared, k: int, layers: int, nodes: int) -> Engine:
+def _engine(prepared: Prepared, k: int, layers: int, nodes: int, meshes: tuple[Mesh, Mesh] | None = None) -> Engine:
     """The bench's program of such a cache."""
     work = prepared.work
     rule = "rejection" if work.config.temperature > 0 else "greedy"
     longest = bucket_of(max(len(ask.request.ids) for ask in work.asks))
-    room = room_of(longest, work.config.max_new_tokens)
-    return serving.querying(prepared.contenders[0].pool, k, rule, layers=layers, width=nodes, slots=1, room=room)
+    shape: dict[str, Any] = {"slots": work.config.batch, "room": room_of(longest, work.config.max_new_tokens)}
+    pool = prepared.contenders[0].pool
+    return serving.querying(pool, k, rule, layers=layers, width=nodes, meshes=meshes, **shape)
 
 
 def _times(config: Card, prepared: Prepared, engines: Mapping[tuple[int, int], Engine], k: int) -> dict:
@@ -177,17 +156,33 @@ def _times(config: Card, prepared: Prepared, engines: Mapping[tuple[int, int], E
     if None not in given:
         return {shape: given for shape in engines}
     pool, known = prepared.contenders[0].pool, next(iter(engines.values()))
-    plain = serving.autoregressive(pool, k + 1, slots=1, room=known.room)
-    ways: dict[Any, Any] = {"target": (plain, serving.always(pool, "autoregressive", 1))}
-    ways |= {shape: (engine, serving.routed(pool, 1)) for shape, engine in engines.items()}
-    requests = [prepared.work.asks[rows[0]].request for _, rows in prepared.work.batches][:SAMPLE]
-    took = {way: own["round_milliseconds"] for way, own in timed(ways, requests, config.passes).items()}
+    plain = serving.autoregressive(pool, k + 1, slots=known.slots, room=known.room)
+    ways: dict[Any, Any] = {"target": (plain, serving.always(pool, "autoregressive", known.slots))}
+    took = {way: own["round_milliseconds"] for way, own in _timed(prepared, engines, config.passes, ways).items()}
     target = config.target_milliseconds or took["target"]
     a_layer = lambda shape: max(took[shape] - took["target"], 0.0) / shape[0]
     return {shape: (target, config.drafter_milliseconds or a_layer(shape)) for shape in engines}
 
 
-def _print(rows: Sequence[dict], k: int, said: Mapping[str, Any]) -> None:
+def _timed(
+    prepared: Prepared, engines: Mapping[Any, Engine], passes: int, others: Mapping = MappingProxyType({})
+) -> dict:
+    """What `timing.timed` says of the engines, and of other ways beside them, on a few prompts."""
+    slots = prepared.work.config.batch
+    routed = serving.routed(prepared.contenders[0].pool, slots)
+    requests = [prepared.work.asks[rows[0]].request for _, rows in prepared.work.batches][: max(SAMPLE, slots)]
+    return timed({**others, **{way: (engine, routed) for way, engine in engines.items()}}, requests, passes)
+
+
+def _devices(meshes: tuple[Mesh, Mesh] | None) -> dict[str, str] | None:
+    """What the halves run on, in words."""
+    if meshes is None:
+        return None
+    said = lambda mesh: f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    return {name: said(mesh) for name, mesh in zip(("target", "drafter"), meshes, strict=True)}
+
+
+def _print(rows: Sequence[dict], k: int, said: Mapping[str, Any], devices: Mapping[str, str] | None) -> None:
     print(f"chains of at most {k} tokens")
     print("| layers | nodes | hit | partial | miss | tokens a target call | draft accuracy | drafter calls a round |")
     print("|---:|" + "---:|" * 7)
@@ -208,6 +203,15 @@ def _print(rows: Sequence[dict], k: int, said: Mapping[str, Any]) -> None:
         times = f"{own['target_milliseconds']:.2f} | {own['drafter_milliseconds']:.2f} | {own['hidden']:.3f}"
         rates = " | ".join(f"{own[name]:.1f}" for name in ("side_by_side", "in_turn", "autoregressive"))
         print(f"| {row['layers']} | {row['layer_nodes']} | {times} | {rates} |")
+    if devices:
+        print(
+            f"measured, target on {devices['target']}, drafter on {devices['drafter']} at once, prefill in tokens/s alone"
+        )
+        print("| layers | nodes | rounds/s | tokens/s |\n|---:|" + "---:|" * 3)
+        for row in rows:
+            own = row["measured"]
+            rates = f"{1e3 / own['round_milliseconds']:.1f} | {own['tokens_per_second']:.1f}"
+            print(f"| {row['layers']} | {row['layer_nodes']} | {rates} |")
 
 
 if __name__ == "__main__":

@@ -92,3 +92,47 @@ class Bench:
     """Another place of the pool's base drafter."""
     mesh: Mesh = field(default_factory=Mesh)
     """The devices that decode; the slots divide over `data`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What `decode.card` counts and measures, and how."""
+
+    pool: str
+    """Folder of the pool."""
+    prompts: str = ""
+    """Prompts to decode, as many at a time as the meshes' `data` divides; without it the pool's own test split."""
+    limit: int = 2
+    """First prompts taken of each task."""
+    num_speculative_tokens: int | None = None
+    """Tokens of the longest chain that is verified; None is what calibration chose."""
+    layers: tuple[int, ...] = (4,)
+    """Layers that the drafter adds while the target verifies, each in one call."""
+    layer_nodes: tuple[int, ...] = (8,)
+    """Nodes of a layer, and children that each of them is given."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy."""
+    target_milliseconds: float | None = None
+    """What a target call takes; None measures it here."""
+    drafter_milliseconds: float | None = None
+    """What a drafter call takes, which reads a layer; None measures it here."""
+    passes: int = 3
+    """Timed passes, where something is measured."""
+    max_new_tokens: int = 96
+    """Longest completion, in tokens."""
+    seed: int = 0
+    """Seed of sampling."""
+    dtype: Literal["", "float32", "bfloat16"] = ""
+    """float32 or bfloat16; empty is what the pool was made with."""
+    target: str = ""
+    """Another place of the pool's target."""
+    draft: str = ""
+    """Another place of the pool's base drafter."""
+    mesh: Mesh = field(default_factory=Mesh)
+    """The devices that decode; with `apart` the target's."""
+    apart: bool = False
+    """The drafter works at the same time on devices of its own, and rounds are timed so as well."""
+    draft_mesh: Mesh = field(default_factory=Mesh)
+    """With `apart` the drafter's devices, which come behind the target's."""
+    json: str = ""
+    """File for the figures."""

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxspec import recording, router, shift, verify
 from jaxspec.adapters import Bank, Stacked, Whole, stack, with_base
+from jaxspec.apart_engine import ApartEngine
 from jaxspec.attention import Attend, fastest
 from jaxspec.drafters import (
     adaptive_drafter,
@@ -141,13 +143,28 @@ def guessing(pool: Pool, own: Learnt, num_speculative_tokens: int, rule: str = "
 
 
 def querying(
-    pool: Pool, num_speculative_tokens: int, rule: str = "greedy", *, layers: int, width: int, **shape: Any
+    pool: Pool,
+    num_speculative_tokens: int,
+    rule: str = "greedy",
+    *,
+    layers: int,
+    width: int,
+    meshes: tuple[Mesh, Mesh] | None = None,
+    **shape: Any,
 ) -> Engine:
-    """Query and correct with an LM drafter, both halves of a round one after the other here, see `drafters.cached`."""
-    drafter = cached_drafter(
-        pool.pair.draft.config, num_speculative_tokens, layers=layers, width=width, **_settings(pool)
-    )
-    return _engine(pool, drafter, rule, **{"recorder": outcomes(layers), **shape})
+    """Query and correct with an LM drafter, see `drafters.cached`.
+
+    Args:
+        meshes: the target's, which is the pool's, and the drafter's, which work at once; None, and both halves of a round run
+            one after the other where the pool is.
+    """
+    settings = _settings(pool) | {"layers": layers, "width": width}
+    make: Callable[..., Engine] = Engine
+    if meshes is not None:
+        settings["attend"] = fastest(meshes[1].size > 1, _dtype(pool))
+        make = partial(ApartEngine, meshes=meshes)
+    drafter = cached_drafter(pool.pair.draft.config, num_speculative_tokens, **settings)
+    return _engine(pool, drafter, rule, make, **{"recorder": outcomes(layers), **shape})
 
 
 def online(
@@ -380,14 +397,14 @@ def _target_in_blocks(target: Model) -> dict:
     return lay_out(target.params)
 
 
-def _engine(pool: Pool, drafter: Drafter, rule: str, **shape: Any) -> Engine:
+def _engine(pool: Pool, drafter: Drafter, rule: str, make: Callable[..., Engine] = Engine, **shape: Any) -> Engine:
     pair = pool.pair
     target = lm_target(pair.target.config, _dtype(pool), attend=_attend(pool))
     known = {"stop_tokens": pair.stop_tokens, "vocab_size": pair.vocab_size, "prefill_params": pair.target.params}
     plain = pair.target.params
     few = _few(plain, shape["slots"], drafter.num_nodes + 1)
     params = _target_in_blocks(pair.target) if few else plain
-    return Engine(target, drafter, verify.RULES[rule], params, placement=over(pool.mesh), **known, **shape)
+    return make(target, drafter, verify.RULES[rule], params, placement=over(pool.mesh), **known, **shape)
 
 
 def _dtype(pool: Pool):

@@ -196,7 +196,7 @@ def sides(target: config.Mesh, drafter: config.Mesh, devices: list | None = None
     if own + need > len(there):
         raise UserError(
             f"{own} devices for the target and {need} for the drafter are {own + need}, {len(there)} are there; give meshes of "
-            "at most as many, on a CPU after XLA_FLAGS=--xla_force_host_platform_device_count=2"
+            f"at most as many, on a CPU after XLA_FLAGS=--xla_force_host_platform_device_count={own + need}"
         )
     return make_mesh(target.data, target.model, there[:own]), make_mesh(drafter.data, drafter.model, there[own:])
 

@@ -62,7 +62,7 @@ def programs(
         return state, pool_features(features, length), drafter.sees(features)
 
     def admit(params: SpecParams, slots: Slots, prompt: Prompt, target_state, sampling, where: Array) -> Slots:
-        rows = _fresh(spec, recorder, params, prompt, target_state, sampling)
+        rows = fresh(spec, recorder, params, prompt, target_state, sampling)
         return placement.state(insert(slots, rows, where))
 
     def chunk(params: SpecParams, slots: Slots, floor: Array, rounds: Array) -> Slots:
@@ -100,7 +100,7 @@ def empty_slots(
         prompt = Prompt(jnp.zeros((slots, room), jnp.int32), zero + 1, keys, zero, zero, zero - 1)
         state, features = target.init(params.target, prompt, room)
         prompt = prompt._replace(features=drafter.sees(features))
-        return _fresh(spec, recorder, params, prompt, state, sampling)
+        return fresh(spec, recorder, params, prompt, state, sampling)
 
     def empty(params: SpecParams) -> Slots:
         blank_keys = lambda leaf: jax.random.split(jax.random.key(0), leaf.shape[0])
@@ -129,7 +129,7 @@ def pool_features(hidden: Array, length: Array) -> Array:
     return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-9)
 
 
-def _fresh(spec, recorder: Recorder, params: SpecParams, prompt: Prompt, target_state, sampling) -> Slots:
+def fresh(spec, recorder: Recorder, params: SpecParams, prompt: Prompt, target_state, sampling) -> Slots:
     """Rows that have read their prompts and emitted nothing."""
     rows, bucket = prompt.tokens.shape
     state = spec.init(params, prompt, target_state, sampling, bucket)

@@ -40,6 +40,7 @@ ALLOWED = {
     },
     "speculate": {"types", "sampling", "verify"},
     "apart": {"types", "sharding", "speculate"},
+    "apart_engine": {"types", "apart", "engine", "metrics", "recording", "sharding", "slots", "speculate"},
     "recording": {"types"},
     "requests": {"types", "config", "sampling", "metrics"},
     "slots": {"types", "speculate", "metrics", "recording"},
@@ -59,6 +60,7 @@ ALLOWED = {
     "merging": set(),
     "serving": {
         "adapters",
+        "apart_engine",
         "attention",
         "sharding",
         "router",
