@@ -74,7 +74,10 @@ def test_the_command_runs_and_times_it_so(pool, world, tmp_path, capsys):
     assert one.pop("measured") is None and one == two
     assert measured["round_milliseconds"] > 0 and measured["tokens_per_second"] > 0
     device = jax.devices()[0].device_kind
-    assert (found[False]["apart"], found[True]["apart"]) == (None, dict.fromkeys(("target", "drafter"), f"1 x {device}"))
+    assert (found[False]["apart"], found[True]["apart"]) == (
+        None,
+        dict.fromkeys(("target", "drafter"), f"1 x {device}"),
+    )
     assert f"measured, target on 1 x {device}, drafter on 1 x {device}" in capsys.readouterr().out
 
 

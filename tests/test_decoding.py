@@ -13,7 +13,7 @@ from toys import prompt_of
 
 from jaxspec import metrics, verify
 from jaxspec.adapters import Stacked, Whole, init_bank, merge, stack, with_base
-from jaxspec.drafters import lm, lm_drafter, silent_drafter
+from jaxspec.drafters import cached_drafter, lm, lm_drafter, silent_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
 from jaxspec.recording import NOTHING
@@ -276,8 +276,11 @@ def test_autoregressive_text_does_not_depend_on_the_width():
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_a_step_preserves_the_type_of_its_state(sampled):
-    spec = speculator(lm_target(TARGET), lm_drafter(SMALL, 2), verify.rejection, stop_tokens=(EOS,))
+@pytest.mark.parametrize(
+    "drafter", [lm_drafter(SMALL, 2), cached_drafter(SMALL, 2, layers=3, width=2)], ids=["lm", "cached"]
+)
+def test_a_step_preserves_the_type_of_its_state(drafter, sampled):
+    spec = speculator(lm_target(TARGET), drafter, verify.rejection, stop_tokens=(EOS,))
     params = SpecParams(PARAMS, LMDrafterParams(DRAFT))
     sampling = Sampling(jnp.ones(2)) if sampled else None
 

@@ -15,8 +15,11 @@ import pytest
 from toys import SETTINGS, decode, prompt_of, random_table, table_drafter, table_target
 
 from jaxspec import verify
+from jaxspec.drafters import cached_drafter
+from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.sampling import log_probs
 from jaxspec.speculate import speculator
+from jaxspec.transformer import LMConfig, init
 from jaxspec.types import Draft, Sampling, SpecParams
 
 RULES = {"greedy": verify.greedy, "gumbel": verify.gumbel, "rejection": verify.rejection}
@@ -183,15 +186,44 @@ def chi_square(seen, expected) -> tuple[float, float]:
     return ((seen - expected) ** 2 / expected).sum(), freedom + 5 * np.sqrt(2 * freedom)
 
 
+TINY = LMConfig(
+    vocab_size=4,
+    width=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    mlp_width=8,
+    max_positions=64,
+    tied=False,
+)
+DRAFTING = {
+    "sampled": (table_drafter, lambda: random_table(6, 4)),
+    "likeliest": (partial(table_drafter, deterministic=True), lambda: random_table(6, 4)),
+    "cached": (
+        lambda k: cached_drafter(TINY, k, layers=k, width=2),
+        lambda: LMDrafterParams(jax.tree.map(lambda x: 4 * x, init(TINY, jax.random.key(6)))),
+    ),
+}
+"""How tokens are drafted, and the parameters; what is cached is verified from the second token on."""
+
+
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize(
-    "rule, deterministic", [("rejection", False), ("rejection", True), ("gumbel", False), ("greedy", True)]
+    "rule, drafting",
+    [
+        ("rejection", "sampled"),
+        ("rejection", "likeliest"),
+        ("gumbel", "sampled"),
+        ("greedy", "likeliest"),
+        ("rejection", "cached"),
+    ],
 )
-def test_the_loop_samples_from_the_target(rule, k, deterministic):
+def test_the_loop_samples_from_the_target(rule, k, drafting):
     """The first two tokens of many rows against p(a) p(b|a): chi-square within five deviations; k = 1 meets the bonus."""
-    rows, vocab = 20_000, 4
-    target, drafter = random_table(5, vocab), random_table(6, vocab)
-    spec = speculator(table_target(), table_drafter(k, deterministic), RULES[rule], stop_tokens=())
+    rows, vocab, (make, params) = 20_000, 4, DRAFTING[drafting]
+    target, drafter = random_table(5, vocab), params()
+    spec = speculator(table_target(), make(k), RULES[rule], stop_tokens=())
     prompt = prompt_of(np.zeros((rows, 2)), limit=2)
     state = decode(spec, target, drafter, prompt, Sampling(jnp.full(rows, 0.9, jnp.float32)))
     tokens = np.asarray(state.tokens[:, 2:4])

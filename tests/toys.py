@@ -76,7 +76,7 @@ def every_setting(rows: int, vocab: int) -> Sampling:
 
 def decode(spec, target, drafter, prompt: Prompt, sampling: Sampling | None) -> SpecState:
     """The state in which every row has ended; `target` and `drafter` are the parameters of toys."""
-    params = SpecParams(jnp.asarray(target), jnp.asarray(drafter))
+    params = SpecParams(*jax.tree.map(jnp.asarray, (target, drafter)))
     slots = prompt.tokens.shape[1] + int(prompt.limit.max()) + spec.num_nodes + 1
     state = spec.init(params, prompt, (), sampling, slots)
     return _loop(spec)(params, state)
