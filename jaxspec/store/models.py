@@ -76,12 +76,12 @@ def _read(path: str, dtype, mesh: Mesh | None, part: str) -> Model:
 def encode(tokenizer: Any, line: Line) -> tuple[int, ...]:
     """Token ids of a prompt, through the chat template where the tokenizer has one."""
     if getattr(tokenizer, "chat_template", None):
-        text = _through_template(tokenizer, line)
+        text = through_template(tokenizer, line)
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     return tuple(tokenizer(line.text)["input_ids"])
 
 
-def _through_template(tokenizer: Any, line: Line) -> str:
+def through_template(tokenizer: Any, line: Line) -> str:
     try:
         return tokenizer.apply_chat_template(line.messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
