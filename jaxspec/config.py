@@ -259,7 +259,7 @@ def command_line(config_type: type[Config], run: Callable[[Config], None], argv:
 
 
 MAY_BE_ZERO = ("seed", "process", "lengths", "drafted", "num_speculative_tokens")
-SHARES = ("beta", "trunk", "warmup", "fallback_below", "select", "on_policy", "replay")
+SHARES = ("beta", "trunk", "warmup", "fallback_below", "select", "on_policy", "replay", "mixup")
 
 
 def check_numbers(config: Any, prefix: str = "--") -> None:

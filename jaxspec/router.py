@@ -90,32 +90,49 @@ def train(
     batch: int,
     learning_rate: float,
     seed: int,
+    mixup: float = 0.0,
 ) -> RouterParams:
     """Cross entropy to the clusters by AdamW, inputs perturbed a little so that the MLP does not trust rare directions.
 
     Args:
         features: `[N, H]` of the train split; task: `[N]` their clusters.
+        mixup: share of the steps in which prompts are mixed in pairs, see `mixed_loss`, by a weight drawn from Beta(1/2, 1/2).
     """
     tx = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps), weight_decay=1e-2)
     inputs, labels = jnp.asarray(features), jnp.asarray(task)
-    batch = min(batch, len(task))
+    batch, draw = min(batch, len(task)), np.random.default_rng(seed)
+    weights = np.where(draw.random(steps) < mixup, draw.beta(0.5, 0.5, steps), 1.0).astype(np.float32)
 
-    def loss(mlp, x, y):
-        return optax.softmax_cross_entropy_with_integer_labels(_logits(params._replace(mlp=mlp), x), y).mean()
+    def loss(mlp, *of):
+        return mixed_loss(params._replace(mlp=mlp), *of)
 
-    def step(carry, key):
-        mlp, opt = carry
+    def step(carry, drawn):
+        (mlp, opt), (key, weight) = carry, drawn
         pick_key, noise_key = jax.random.split(key)
         rows = jax.random.randint(pick_key, (batch,), 0, len(task))
         noise = 0.1 * params.deviation * jax.random.normal(noise_key, (batch, features.shape[1]))
-        value, grads = jax.value_and_grad(loss)(mlp, inputs[rows] + noise, labels[rows])
+        value, grads = jax.value_and_grad(loss)(mlp, inputs[rows] + noise, labels[rows], weight)
         updates, opt = tx.update(grads, opt, mlp)
         return (optax.apply_updates(mlp, updates), opt), value
 
     keys = jax.random.split(jax.random.key(seed), steps)
-    fit = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))
+    fit = jax.jit(lambda carry: jax.lax.scan(step, carry, (keys, weights)))
     (mlp, _), _ = fit((params.mlp, tx.init(params.mlp)))
     return params._replace(mlp=mlp)
+
+
+def mixed_loss(params: RouterParams, features: Array, task: Array, weight: Array) -> Array:
+    """Mean cross entropy (nats) of a batch `[B, H]` whose rows, and tasks `[B]` alike, are mixed with the row before each.
+
+    Args:
+        weight: of a row itself; at 1 nothing is mixed.
+
+    Source: mixup, https://arxiv.org/abs/1710.09412; of kept and new tasks' features https://arxiv.org/abs/2311.14756.
+    """
+    before = lambda own: jnp.roll(own, 1, axis=0)
+    logits = _logits(params, weight * features + (1 - weight) * before(features))
+    nats = lambda label: optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+    return weight * nats(task) + (1 - weight) * nats(before(task))
 
 
 def _logits(params: RouterParams, features: Array) -> Array:

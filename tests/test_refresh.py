@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxspec import replay, router, serving, shift
@@ -61,13 +63,52 @@ def routed(params, features):
     return np.asarray(router.probabilities(params, jnp.asarray(features))).argmax(-1)
 
 
-def test_what_is_learnt_holds_for_more_of_the_kind_and_no_task_is_forgotten(three_tasks):
+@pytest.mark.parametrize("mixup", [0.0, 0.5])
+def test_what_is_learnt_holds_for_more_of_the_kind_and_no_task_is_forgotten(three_tasks, mixup):
     params, known, served, new = three_tasks
-    after = refresh.refreshed(params, known, served, **settings)
+    after = refresh.refreshed(params, known, served, **settings, mixup=mixup)
     assert (routed(params, around(new, 200, 4)) == 1).mean() > 0.95
     assert (routed(after.params, around(new, 200, 4)) == 0).mean() > 0.9
     for task in range(3):
         assert (routed(after.params, around(CENTRES[task], 200, 5)) == task).mean() > 0.95
+
+
+def test_without_mixtures_training_is_what_it_was_to_the_bit(three_tasks):
+    """The loop as it was before there were any, written out."""
+    params, known, *_ = three_tasks
+    steps, batch, inputs, labels = 50, 128, jnp.asarray(known.features), jnp.asarray(known.task)
+    tx = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-2)
+
+    def loss(mlp, x, y):
+        logits = router._logits(params._replace(mlp=mlp), x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def step(carry, key):
+        (mlp, opt), (pick, noise) = carry, jax.random.split(key)
+        rows = jax.random.randint(pick, (batch,), 0, len(labels))
+        x = inputs[rows] + 0.1 * params.deviation * jax.random.normal(noise, (batch, inputs.shape[1]))
+        updates, opt = tx.update(jax.grad(loss)(mlp, x, labels[rows]), opt, mlp)
+        return (optax.apply_updates(mlp, updates), opt), None
+
+    keys = jax.random.split(jax.random.key(0), steps)
+    (expected, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))((params.mlp, tx.init(params.mlp)))
+    plain = {"steps": steps, "batch": batch, "learning_rate": 3e-3, "seed": 0}
+    train = lambda share: router.train(params, known.features, known.task, **plain, mixup=share).mlp
+    jax.tree.map(np.testing.assert_array_equal, train(0.0), expected)
+    assert not np.array_equal(train(0.5)["outer"]["kernel"], expected["outer"]["kernel"])
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_features_and_tasks_are_mixed_alike(three_tasks, weight):
+    """The loss and its gradient are those of mixed prompts whose labels are mixed in the same shares."""
+    params, known, *_ = three_tasks
+    features, task = known.features[::60], known.task[::60]
+    mix = lambda own: weight * own + (1 - weight) * own[np.arange(len(own)) - 1]
+    logits = lambda mlp: router._logits(params._replace(mlp=mlp), mix(features))
+    expected = lambda mlp: optax.softmax_cross_entropy(logits(mlp), mix(np.eye(3)[task])).mean()
+    ours = lambda mlp: router.mixed_loss(params._replace(mlp=mlp), features, task, weight)
+    for own, other in zip(*map(jax.tree.leaves, (jax.value_and_grad(f)(params.mlp) for f in (ours, expected)))):
+        np.testing.assert_allclose(own, other, atol=1e-5)
 
 
 def test_a_new_wording_is_normal_and_what_lies_elsewhere_is_not(three_tasks):

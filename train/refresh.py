@@ -46,6 +46,8 @@ class Refresh:
     """Peak learning rate."""
     seed: int = 0
     """Seed of the order of training."""
+    mixup: float = 0.0
+    """Share of the steps that train on mixtures of two prompts' features and tasks."""
 
 
 class Refreshed(NamedTuple):
@@ -66,7 +68,7 @@ def run(config: Refresh) -> None:
         )
     old = Known(**read_arrays(folder / REPLAY))
     files = [_served(file, facts, old) for file in config.replay]
-    settings = {name: getattr(config, name) for name in ("steps", "batch", "learning_rate", "seed")}
+    settings = {name: getattr(config, name) for name in ("steps", "batch", "learning_rate", "seed", "mixup")}
     parents = {"pool": digest, "replay": digest_of([zlib.crc32(Path(file).read_bytes()) for file in config.replay])}
     stage = open_stage(config.out, "pool", config={"refresh": settings}, parents=parents)
     if stage.complete:
@@ -87,13 +89,21 @@ def run(config: Refresh) -> None:
 
 
 def refreshed(
-    params: RouterParams, old: Known, served: Served, *, steps: int, batch: int, learning_rate: float, seed: int
+    params: RouterParams,
+    old: Known,
+    served: Served,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    mixup: float = 0.0,
 ) -> Refreshed:
     """Goes on training the router on the known and the served prompts; a part of each is held out to tell what is normal."""
     tasks = params.mlp["outer"]["kernel"].shape[1]
     known = replay.bounded_by_task([old, replay.labelled(served, tasks, int(old.refresh.max()) + 1)])
     train = ~replay.held_out(known)
-    settings = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed}
+    settings = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed, "mixup": mixup}
     params = router.train(params, known.features[train], known.task[train], **settings)
     return Refreshed(params, known, replay.normal(params, known, _probabilities(params, known.features).max(-1)))
 
