@@ -1,10 +1,14 @@
 """Specialists that fail are left out after a few prompts and come back when they no longer do; the text stays the same."""
 
+from typing import NamedTuple
+
 import numpy as np
+import pytest
+from conftest import LINES
 
 from jaxspec import reliability, serving
 from jaxspec.reliability import PROBE, Reliability, missed, observed, reliable, served, unknown
-from jaxspec.requests import Request
+from jaxspec.requests import Completion, Request
 from jaxspec.router import TRUNK
 from jaxspec.store.models import encode
 from jaxspec.store.prompts import read_prompts
@@ -51,24 +55,50 @@ def test_routes_that_are_no_specialists_are_left_alone():
     assert served(evidence, np.array([0, 1, 2, TRUNK])).tolist() == [0, TRUNK, 2, TRUNK]
 
 
-def test_nothing_is_served_by_noise_after_a_few_prompts(corrupted, world, monkeypatch):
-    monkeypatch.setattr(reliability, "EVIDENCE", 4.0)  # texts of the toy world take few rounds
+class Stream(NamedTuple):
+    """The log, task after task, answered where two specialists are noise: with reliability, without, and by the base."""
+
+    done: list[Completion]
+    without: list[Completion]
+    base: list[Completion]
+
+
+@pytest.fixture(scope="module")
+def stream(corrupted, world) -> Stream:
     engine = serving.speculative(corrupted, 2, slots=2, room=160)
     lines = read_prompts(str(world.prompts))
     ids = [encode(corrupted.pair.tokenizer, line) for line in lines]
     requests = [Request(ids=own, max_new_tokens=12, number=i) for i, own in enumerate(ids)]
-    trust, plain = Reliability(corrupted.facts, 2), serving.routed(corrupted, 2)
-    done = []
-    for at in range(0, len(requests), 2):
-        for completion in engine.complete(requests[at : at + 2], trust.over(plain)):
-            trust.saw(completion.route, completion.task, completion.counts.num_drafts, completion.counts.num_emitted)
-            done.append(completion)
-    by_task = [np.array([own.route for own in done if own.task == task]) for task in range(3)]
-    assert trust.left_out() == [0, 1]
+    trust, plain, done = Reliability(corrupted.facts, 2), serving.routed(corrupted, 2), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reliability, "EVIDENCE", 4.0)  # texts of the toy world take few rounds
+        for at in range(0, len(requests), 2):
+            for completion in engine.complete(requests[at : at + 2], trust.over(plain)):
+                trust.saw(
+                    completion.route, completion.task, completion.counts.num_drafts, completion.counts.num_emitted
+                )
+                done.append(completion)
+        assert trust.left_out() == [0, 1]
+    base = engine.complete(requests, serving.always(corrupted, "base", 2))
+    return Stream(done, engine.complete(requests, plain), base)
+
+
+def rounds(completions: list[Completion]) -> int:
+    return sum(own.counts.num_drafts for own in completions)
+
+
+def test_nothing_is_served_by_noise_after_a_few_prompts(stream):
+    by_task = [np.array([own.route for own in stream.done if own.task == task]) for task in range(3)]
     for task in (0, 1):
         assert len(by_task[task]) > 8 and (by_task[task][4:PROBE] == TRUNK).all()
     assert (by_task[2] == 2).all()
-    without = engine.complete(requests, plain)
-    assert [own.ids for own in without] == [own.ids for own in done]
-    rounds = lambda completions: sum(own.counts.num_drafts for own in completions)
-    assert rounds(done) < rounds(without)
+    assert [own.ids for own in stream.without] == [own.ids for own in stream.done]
+    assert rounds(stream.done) < rounds(stream.without)
+
+
+def test_no_part_of_a_shifting_stream_takes_more_target_calls_than_with_the_base(stream):
+    """The prompts that expose the noise, and those that probe it later, included; without reliability every part takes more."""
+    assert [own.ids for own in stream.base] == [own.ids for own in stream.done]
+    for at in range(0, len(stream.done), LINES):
+        of = lambda completions, at=at: rounds(completions[at : at + LINES])
+        assert of(stream.done) <= of(stream.base) < of(stream.without)
