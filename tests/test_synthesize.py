@@ -79,7 +79,11 @@ def test_a_prompt_is_read_back_as_the_tokens_that_the_target_drew(whole, target)
         draw = synthesize.drawing(config, model, tokenizer, turn_of(tokenizer))
         said = [text for first in range(0, max(kept) + 1, 8) for text in draw(first)]
     for number, (text, ids) in enumerate(zip(said, drawn, strict=True)):
-        reads = list(encode(tokenizer, as_line(tokenizer.decode(ids)))) == [*BEGIN, *ids, SPECIALS.index("<assistant>")]
+        reads = list(encode(tokenizer, as_line(str(tokenizer.decode(ids))))) == [
+            *BEGIN,
+            *ids,
+            SPECIALS.index("<assistant>"),
+        ]
         assert (text is not None) == (reads and len(ids) >= config.min_prompt_tokens)
         assert number not in kept or kept[number] == text == tokenizer.decode(ids)
     left = {n for n, text in enumerate(said[: max(kept)]) if text} - kept.keys()
