@@ -238,6 +238,7 @@ def test_a_step_preserves_the_type_of_its_state():
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(state.drafter))
 
 
+@pytest.mark.slow
 def test_under_gumbel_coupling_text_is_that_of_the_noise_whatever_is_drafted():
     own = engine(adaptive_drafter(NODES, depth=DEPTH, beam=2), verify.gumbel)
     silent = answer(own, NOTHING, temperature=0.4, draft_limit=0)

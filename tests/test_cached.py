@@ -149,6 +149,7 @@ def test_a_row_does_not_see_its_batch_and_drafting_nothing_is_the_same_text():
     assert [own.ids for own in answer(program(), OWN, draft_limit=0)] == [own.ids for own in together]
 
 
+@pytest.mark.slow
 def test_under_gumbel_coupling_text_is_that_of_the_noise_whatever_is_drafted():
     found, nothing = (answer(program(rule="gumbel"), OWN, temperature=0.1, draft_limit=limit) for limit in (K, 0))
     assert sum(own.counts.num_accepted_tokens for own in found) > 5

@@ -232,6 +232,7 @@ def test_a_step_preserves_the_type_of_its_state(variant, sampled):
         assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.shape[0] == 2
 
 
+@pytest.mark.slow
 def test_a_finished_row_stays_as_it_is():
     target, own = lm_target(TARGET), feature_drafter(LAYER, K)
     spec, params = speculator(target, own, verify.greedy, stop_tokens=()), SpecParams(ONE, by(NEARLY))

@@ -113,6 +113,7 @@ def test_a_pool_holds_every_variant_and_serves_the_best(taught, capsys):
     assert all(f"| {name} |" in table and f"{length:.3f} |" in table for name, length in lengths.items())
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_from_its_checkpoint(taught, tmp_path, monkeypatch, capsys):
     """And ends with the weights of one that was not disturbed."""
     folder = Path(taught).parent

@@ -149,6 +149,7 @@ def test_the_tree_is_the_likeliest_of_the_graphs_paths(explored):
     assert merged.any()
 
 
+@pytest.mark.slow
 def test_where_nothing_ends_alike_a_graph_is_a_tree():
     drafts = []
     for make in (tree_drafter, partial(graph_drafter, ancestors=DEPTH + 5)):

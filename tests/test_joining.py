@@ -43,6 +43,7 @@ def test_a_joined_model_is_the_same_function_and_comes_apart_to_the_last_bit(con
     assert jax.tree.structure(joining.join(joined)) == jax.tree.structure(joined)
 
 
+@pytest.mark.slow
 def test_windows_and_blocks_of_columns_read_a_joined_model():
     params = drawn(PLAIN)
     start = jnp.zeros(2, jnp.int32)

@@ -84,6 +84,7 @@ def test_what_is_verified_are_the_best_of_both():
     assert from_second > 0
 
 
+@pytest.mark.slow
 def test_the_same_model_twice_is_that_model():
     drafts = []
     for make, params in ((tree_drafter, TWO[0]), (merged_tree_drafter, (TWO[0], TWO[0]))):
