@@ -82,6 +82,7 @@ def encode(tokenizer: Any, line: Line) -> tuple[int, ...]:
 
 
 def through_template(tokenizer: Any, line: Line) -> str:
+    """A prompt as text in the chat template, to where the answer begins; UserError where that refuses it."""
     try:
         return tokenizer.apply_chat_template(line.messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
