@@ -59,9 +59,8 @@ class ApartEngine(Engine):
 
     def _params(self, method, rows) -> SpecParams:
         own = super()._params(method, rows)
-        if (
-            id(own.drafter) not in self._placed
-        ):  # a method has one tree for the same routes, which is kept with its copy
+        # A method has one tree for the same routes; it is kept with its copy, so that no other gets its id.
+        if id(own.drafter) not in self._placed:
             copy = place(own.drafter, param_specs(own.drafter, "drafter"), self._narrow)
             self._placed[id(own.drafter)] = own.drafter, copy
         return own._replace(drafter=self._placed[id(own.drafter)][1])

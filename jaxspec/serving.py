@@ -158,7 +158,7 @@ def querying(
         meshes: the target's, which is the pool's, and the drafter's, which work at once; None, and both halves of a round run
             one after the other where the pool is.
     """
-    settings = _settings(pool) | {"layers": layers, "width": width}
+    settings: dict[str, Any] = _settings(pool) | {"layers": layers, "width": width}
     make: Callable[..., Engine] = Engine
     if meshes is not None:
         settings["attend"] = fastest(meshes[1].size > 1, _dtype(pool))

@@ -112,8 +112,8 @@ def empty_slots(
     return empty
 
 
-def insert(slots: Slots, rows: Slots, where: Array) -> Slots:
-    """Puts row i into slot `where[i]`; leaves of a shorter room fill the beginning of the slot's."""
+def insert(slots: Any, rows: Any, where: Array) -> Any:
+    """Puts row i, of all leaves or some, into slot `where[i]`; leaves of a shorter room fill the beginning of the slot's."""
 
     def put(leaf: Array, new: Array) -> Array:
         start = (slice(0, n) for n in new.shape[1:])

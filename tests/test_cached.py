@@ -16,11 +16,14 @@ from toys import prompt_of
 
 from jaxspec import sharding, verify
 from jaxspec.apart import apart
+from jaxspec.apart_engine import ApartEngine
 from jaxspec.candidates import HIT, MISS, PARTIAL
 from jaxspec.config import Mesh, UserError
 from jaxspec.drafters import cached_drafter
 from jaxspec.drafters.cached import outcomes
 from jaxspec.drafters.lm import LMDrafterParams
+from jaxspec.engine import Method, unrouted
+from jaxspec.requests import Request, room_of
 from jaxspec.speculate import speculator
 from jaxspec.target import lm_target
 from jaxspec.transformer import forward, init, unembed
@@ -202,6 +205,21 @@ def test_drafter_and_target_on_devices_of_their_own_say_what_one_device_says(wid
         assert row[len(ids) : len(ids) + len(own.ids)].tolist() == own.ids
         np.testing.assert_array_equal(counts, own.record)
     assert [own.devices() for own in (state.tokens, record)] == [set(mesh.devices.flat) for mesh in meshes]
+
+
+def test_an_engine_on_two_meshes_drafts_with_the_weights_of_each_route():
+    """One slot after the other: the programs cut in two give it up and take the next row, with the other weights."""
+    drafter, shape = cached_drafter(TARGET, K, layers=LAYERS, width=WIDTH), {"slots": 1, "room": room_of(32, BUDGET)}
+    parts = lm_target(TARGET), drafter, verify.greedy, PARAMS
+    settings = {"stop_tokens": (EOS,), "vocab_size": TARGET.vocab_size, "recorder": outcomes(LAYERS), **shape}
+    own = ApartEngine(*parts, meshes=sharding.sides(Mesh(), Mesh()), **settings)
+    ways = OWN, LMDrafterParams(PARAMS)
+    asked = [Request(ids=ids, max_new_tokens=BUDGET, number=i, route=i % 2) for i, ids in enumerate(PROMPTS)]
+    found = own.complete(asked, Method("given", unrouted, lambda routes: ways[max(int(routes[0]), 0)]))
+    one = [answer(program(), params) for params in ways]
+    said = lambda done: (done.ids, done.finish_reason, done.record.tolist(), counted(done.counts))
+    assert [said(done) for done in found] == [said(one[i % 2][i]) for i in range(len(PROMPTS))]
+    assert any(said(one[0][i]) != said(one[1][i]) for i in (1, 3))
 
 
 @pytest.mark.filterwarnings("ignore:builtin type .* has no __module__:DeprecationWarning")  # JAX's own, on Python 3.12
