@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from jaxspec.adapters import Whole
 from jaxspec.config import UserError, command_line
-from jaxspec.router import TRUNK
 from jaxspec.store.huggingface import write_tensors
 from jaxspec.store.peft import write_adapter
 from jaxspec.store.pool import Pool, load_pool
@@ -35,7 +34,7 @@ class Export:
     out: str
     """Folder for the drafters' folders, which must not exist yet; it appears when all of them are written."""
     drafters: tuple[str, ...] = ()
-    """Their names, such as `task 0` or `mixed`; none means all."""
+    """Their names, such as `task 0` or `mixed`, and for `hf` what was added, such as `merged-doge`; none means all."""
     target: str = ""
     """Another place of the pool's target."""
     draft: str = ""
@@ -56,34 +55,34 @@ def run(config: Export) -> None:
     on = str(pool.pair.draft.path)
     if config.to == "peft" and pool.facts["trunk"]:
         on = str(out.absolute() / "trunk")
-        write_drafter(part / "trunk", pool, TRUNK)
-    for route, folder in tqdm(chosen, desc="export", unit="drafter"):
+        write_drafter(part / "trunk", pool, "trunk")
+    for name, folder in tqdm(chosen, desc="export", unit="drafter"):
         if config.to == "peft":
-            write_adapter(part / folder, pool.bank, route, on)
+            write_adapter(part / folder, pool.bank, pool.tasks.index(name), on)
         else:
-            write_drafter(part / folder, pool, route)
+            write_drafter(part / folder, pool, name)
     part.rename(out)
     for _, folder in chosen:
         print(out / folder)
 
 
-def _chosen(config: Export, pool: Pool) -> Iterator[tuple[int, str]]:
-    """Routes and their folders' names."""
-    known = pool.tasks if config.to == "peft" else pool.names
+def _chosen(config: Export, pool: Pool) -> Iterator[tuple[str, str]]:
+    """Drafters' names and those of their folders."""
+    known = pool.tasks if config.to == "peft" else [*pool.names, *pool.added]
     for name in config.drafters or known:
         if name not in known:
             raise UserError(f"--drafters {name!r}: there is no such {config.to} drafter; there are {', '.join(known)}")
-        yield pool.names.index(name), name.replace(" ", "-")
+        yield name, name.replace(" ", "-")
 
 
-def write_drafter(folder: Path, pool: Pool, route: int) -> None:
-    """Makes the folder: the base drafter's with the weights of a route, which transformers loads."""
+def write_drafter(folder: Path, pool: Pool, name: str) -> None:
+    """Makes the folder: the base drafter's with the weights of the drafter of that name, which transformers loads."""
     draft = pool.pair.draft
     folder.mkdir(parents=True)
     for file in sorted(Path(draft.path).iterdir()):
         if file.is_file() and not file.name.endswith(WEIGHTS):
             shutil.copyfile(file, folder / file.name)
-    write_tensors(folder / "model.safetensors", draft.config, pool.weights(route))
+    write_tensors(folder / "model.safetensors", draft.config, pool.drafter(name))
 
 
 if __name__ == "__main__":

@@ -266,7 +266,7 @@ def theirs_of(pool: Pool, routes: Iterable[int], num_speculative_tokens: int | N
     target, assistants = load(pool.pair.target.path), {}
     with tempfile.TemporaryDirectory() as folder:
         for route in routes:
-            write_drafter(Path(folder, str(route)), pool, route)
+            write_drafter(Path(folder, str(route)), pool, pool.names[route])
             assistants[route] = load(str(Path(folder, str(route))))
             # transformers takes a drafter whose vocabulary is padded further for one of another tokenizer.
             assistants[route].resize_token_embeddings(pool.pair.vocab_size, mean_resizing=False)

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from decode import bench, export
 from jaxspec.config import command_line
-from jaxspec.store.pool import load_pool
+from jaxspec.store.pool import extra_file, load_pool
+from jaxspec.store.trees import write_tree
 from jaxspec.transformer import forward, unembed
 from train import adopt
 
@@ -85,6 +87,16 @@ def test_a_merged_drafter_in_transformers_has_its_logits_and_tokenizer(loaded, f
         close(theirs(model), ours(loaded, route))
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.get_vocab() == loaded.pair.tokenizer.get_vocab()
+
+
+def test_a_drafter_that_was_added_is_written_for_transformers(pool, loaded, tmp_path):
+    shutil.copytree(pool, tmp_path / "pool")
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, loaded.mixed)
+    write_tree(extra_file(tmp_path / "pool", "mine"), doubled)
+    export.run(export.Export(pool=str(tmp_path / "pool"), to="hf", out=str(tmp_path / "hf"), drafters=("mine",)))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf" / "mine", dtype=torch.float32)
+    close(theirs(again), logits(loaded, doubled))
+    assert [own.name for own in (tmp_path / "hf").iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize(

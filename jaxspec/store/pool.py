@@ -100,6 +100,12 @@ class Pool:
         """The drafters' names; a route is an index of them, and -1 is what adapters belong on."""
         return drafter_names(self.facts)
 
+    @property
+    def added(self) -> list[str]:
+        """Names of the drafters that `train.extras` and `train.adopt` have added."""
+        own = {BANK, MIXED, TRUNK_FILE, ROUTER}
+        return sorted(file.stem for file in self.path.glob("*.safetensors") if file.name not in own)
+
     def weights(self, route: int) -> dict:
         """Weights of a route's drafter, merged."""
         return self.drafter(self.names[route])
