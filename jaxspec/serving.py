@@ -33,6 +33,7 @@ from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.experience import Experience
 from jaxspec.joining import join, pays
+from jaxspec.layouts import blocks_pay
 from jaxspec.requests import MAX_DRAFT
 from jaxspec.router import RouterParams
 from jaxspec.sharding import over
@@ -389,7 +390,8 @@ def _in_blocks(weights: dict, slots: int) -> dict:
 def _few(weights: dict, slots: int, width: int = 0) -> bool:
     """Whether weights are laid out for windows of so many slots, of at least WIDE columns."""
     alone = len(jax.tree.leaves(weights)[0].devices()) == 1
-    return alone and jax.default_backend() == "cpu" and slots * max(width, WIDE) <= NARROW
+    narrow = alone and jax.default_backend() == "cpu" and slots * max(width, WIDE) <= NARROW
+    return narrow and blocks_pay(weights)
 
 
 @lru_cache(maxsize=4)

@@ -221,7 +221,7 @@ def unembed(config: LMConfig, params: dict, hidden: Array, vocab_size: int | Non
     if config.tied and table.ndim == 2:
         logits = jnp.einsum("...h,vh->...v", hidden, table, preferred_element_type=jnp.float32)
     else:
-        logits = _product(hidden, table, config.vocab_size, jnp.float32)
+        logits = product(hidden, table, config.vocab_size, jnp.float32)
     if config.live_vocab is not None:  # not cut, which would spare the products
         logits = jnp.where(jnp.arange(config.vocab_size) < config.live_vocab, logits, NEVER)
     missing = (vocab_size or config.vocab_size) - config.vocab_size
@@ -243,8 +243,8 @@ def lay_out(params: dict) -> dict:
     one row; a block is copied within the first cache. A tied embedding becomes the head that it is, `[n, H, COLUMNS]`.
     """
     embedding = params["embed"]["embedding"]
-    placed = jax.tree.map_with_path(lambda path, leaf: _blocks(leaf) if path[-1].key == "kernel" else leaf, params)
-    return placed if "head" in params else placed | {"embed": {"embedding": _blocks(embedding.T)}}
+    placed = jax.tree.map_with_path(lambda path, leaf: blocks(leaf) if path[-1].key == "kernel" else leaf, params)
+    return placed if "head" in params else placed | {"embed": {"embedding": blocks(embedding.T)}}
 
 
 def least_columns(rows: int) -> int:
@@ -265,12 +265,13 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Array:
     return (1 - smooth) * inverse / rope.factor + smooth * inverse
 
 
-def _blocks(kernel: Array) -> Array:
+def blocks(kernel: Array) -> Array:
+    """A kernel `[in, out]` as blocks of its columns, `[n, in, COLUMNS]`."""
     padded = jnp.pad(kernel, ((0, 0), (0, -kernel.shape[1] % COLUMNS)))
     return jnp.moveaxis(padded.reshape(kernel.shape[0], -1, COLUMNS), 1, 0)
 
 
-def _product(x: Array, kernel: Array, width_out: int, dtype=None) -> Array:
+def product(x: Array, kernel: Array, width_out: int, dtype=None) -> Array:
     """x `[..., in]` by a kernel `[in, out]` or by its blocks of columns `[n, in, COLUMNS]`."""
     if kernel.ndim == 2:
         return jnp.matmul(x, kernel, preferred_element_type=dtype)
@@ -342,7 +343,7 @@ class _Dense(nnx.Module):
     def __call__(self, x: Array, update: tuple[Array, Array] | Array | None = None) -> Array:
         kernel = self.kernel[...]
         if update is None or isinstance(update, tuple):
-            y = _product(x, kernel, self.width_out)
+            y = product(x, kernel, self.width_out)
         else:
             y = by_route(x, kernel, update, self.width_out)
         if self.bias is not None:

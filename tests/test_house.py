@@ -70,6 +70,7 @@ ALLOWED = {
         "engine",
         "experience",
         "joining",
+        "layouts",
         "recording",
         "requests",
         "store",
@@ -81,6 +82,7 @@ ALLOWED = {
     "sharding": {"types", "config", "transformer"},
     "published": {"transformer"},
     "joining": {"transformer"},
+    "layouts": {"transformer"},
     "widening": {"config", "published", "sharding", "transformer"},
     "roofline": {"adapters", "transformer"},
     "plan": {
