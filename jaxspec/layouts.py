@@ -17,12 +17,15 @@ ROWS = 5  # of a window of four drafted tokens
 TRIES = 9
 ENOUGH = 0.9  # of the time without; what is nearly equal is left as it is
 LARGE = 1 << 26  # bytes of kernels that no cache holds
+SMALL = 1 << 20  # bytes of kernels that a trial would say nothing of
 
 
 def blocks_pay(params: dict) -> bool:
-    """Whether they do for a model of this shape; tried once a shape and process, in a second or two."""
+    """Whether they do for a model of this shape; tried once a shape and process, in a second or two. Not for the smallest."""
     kernel = params["layers"][0]["mlp"]["up"]["kernel"]
     size = 2 * kernel.size * kernel.dtype.itemsize
+    if size * len(params["layers"]) < SMALL:
+        return False
     return _tried(min(len(params["layers"]), math.ceil(LARGE / size)), *kernel.shape, kernel.dtype)
 
 

@@ -1,5 +1,6 @@
 """Blocks of columns are used where a trial on this machine finds them faster, and only there."""
 
+import dataclasses
 from itertools import cycle
 from types import SimpleNamespace
 
@@ -10,8 +11,9 @@ from jaxspec import layouts, serving
 from jaxspec.transformer import LMConfig, init
 
 CONFIG = LMConfig(
-    vocab_size=32, width=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, mlp_width=24, max_positions=64
+    vocab_size=32, width=128, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, mlp_width=512, max_positions=64
 )
+TINY = dataclasses.replace(CONFIG, mlp_width=24)
 
 
 @pytest.mark.parametrize(("within", "pays"), [(0.5, True), (0.89, True), (0.95, False), (2.0, False)])
@@ -39,3 +41,4 @@ def test_a_shape_is_tried_once():
     first = layouts.blocks_pay(params)
     assert all(layouts.blocks_pay(init(CONFIG, jax.random.key(i))) == first for i in range(3))
     assert layouts._tried.cache_info().misses == 1
+    assert not layouts.blocks_pay(init(TINY, jax.random.key(0))) and layouts._tried.cache_info().misses == 1
