@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxspec.config import Comparison, UserError, load_preset
+from jaxspec.config import Comparison, Mesh, UserError, load_preset
 from train import align, compare
 
 CELLS = ["forward_kl, target", "forward_kl, on-policy", "negative_log_likelihood, target"]
@@ -66,6 +66,8 @@ def test_finished_cells_are_not_trained_again(said, comparison, monkeypatch):
     [
         ({"outside": ("kitchen",)}, "--outside kitchen: cells train on that"),
         ({"include": ()}, "--outside algebra: cells train on that"),
+        ({"outside": ("nowhere",)}, "nowhere"),
+        ({"slots": 3, "mesh": Mesh(data=2)}, "--slots"),
         ({"drafted": (0,)}, "--drafted 0 drafts nothing"),
         ({"drafted": (99,)}, "num_speculative_tokens 99 will not do"),
     ],
@@ -79,3 +81,16 @@ def test_the_presets_that_reproduce_papers_can_be_read():
     for name in ("distillspec", "direct_alignment"):
         own = load_preset(f"configs/{name}.py")
         assert isinstance(own, Comparison) and own.outside and not set(own.outside) & set(own.include)
+
+
+@pytest.mark.slow
+def test_on_a_mesh_drafters_are_trained_and_measured_as_on_one_device(comparison, world, tmp_path):
+    """From a base with something to learn: gradients of one that is the target are the rounding of their sums."""
+    gentle = dataclasses.replace(comparison.align, full_learning_rates=(1e-3,))
+    once = {"draft": str(world.draft), "sources": ("target",), "divergences": ("forward_kl",), "align": gentle}
+    found = []
+    for data in (1, 2):
+        compare.run(dataclasses.replace(comparison, **once, out=str(tmp_path / str(data)), mesh=Mesh(data=data)))
+        rows = json.loads((tmp_path / str(data) / "comparison.json").read_text())["rows"]
+        found.append([rows[name]["K = 2, T = 0"]["tasks"] for name in ("base", CELLS[0])])
+    assert found[0] == found[1]

@@ -29,11 +29,12 @@ from jaxspec.engine import Engine, Method, unrouted
 from jaxspec.packing import packed_rows
 from jaxspec.requests import Request, bucket_of, checked, room_of
 from jaxspec.store.models import Pair, encode, read_pair
-from jaxspec.store.prompts import read_prompts
+from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import finish, manifest, open_stage, write_json
 from jaxspec.store.traces import Traces, read_traces, split_of
 from jaxspec.store.trees import read_tree, write_tree
 from jaxspec.target import lm_target
+from jaxspec.types import Placement
 from train import align, trace
 
 ON_POLICY, WRITTEN_BY = "on-policy", "target"  # its prompts and their lengths are those of the target's texts
@@ -60,15 +61,17 @@ def run(comparison: Comparison) -> None:
     """Prints a table and writes `out/comparison.json`."""
     _check(comparison)
     mesh = sharding.asked(comparison.mesh)
+    sharding.check_rows(comparison.slots, mesh, "--slots")
+    outside = read_prompts(comparison.prompts, include=comparison.outside) if comparison.outside else []
     pair = read_pair(comparison.target, comparison.draft, comparison.dtype, mesh)
     for texts in dict.fromkeys(_written_by(own) for own in comparison.sources):
         trace.run(_of(comparison, texts))
+    asked = _asked(comparison, pair, outside)
     drafters = {"base": pair.draft.params}
     for divergence, source in itertools.product(comparison.divergences, comparison.sources):
         if not (divergence == "negative_log_likelihood" and source == ON_POLICY):  # it would be taught what it says
             drafters[f"{divergence}, {source}"] = _cell(comparison, pair, divergence, source)
-    asked = _asked(comparison, pair)
-    ways = _ways(comparison, pair, asked)
+    ways = _ways(comparison, pair, asked, sharding.over(mesh))
     shown = tqdm(drafters.items(), desc="measure", unit="drafter")
     rows = {name: _measured(pair, weights, asked, ways) for name, weights in shown}
     write_json(Path(comparison.out, "comparison.json"), {"schema": 1, **_conditions(comparison, pair), "rows": rows})
@@ -115,7 +118,8 @@ def _cell(comparison: Comparison, pair: Pair, divergence: str, source: str) -> d
 
 def _aligned(experiment: Experiment, pair: Pair, folder: Path) -> dict:
     """What `align.trained` says of a full fine-tune on the union."""
-    traces, mesh, spec = read_traces(experiment.out), sharding.make_mesh(1, 1), experiment.align
+    traces, spec = read_traces(experiment.out), experiment.align
+    mesh = sharding.make_mesh(experiment.mesh.data, experiment.mesh.model)
     align.check(experiment, mesh)
     split = split_of(len(traces.tokens), experiment.seed)
     lengths = [len(own) for own in traces.tokens]
@@ -130,24 +134,21 @@ def _aligned(experiment: Experiment, pair: Pair, folder: Path) -> dict:
     return align.trained(experiment, traces, course, folder, mesh, write)
 
 
-def _asked(comparison: Comparison, pair: Pair) -> Asked:
-    """The first prompts of every task in the traces' test split, and of the tasks outside."""
+def _asked(comparison: Comparison, pair: Pair, outside: Sequence[Line]) -> Asked:
+    """The first prompts of every task in the traces' test split, and of those outside."""
     traces = read_traces(_of(comparison, _written_by(comparison.sources[0])).out)
     prompts: dict[str, list[Sequence[int]]] = {}
     for i in np.flatnonzero(split_of(len(traces.tokens), comparison.seed) == 2):
         prompts.setdefault(traces.log[i]["task"] or "all", []).append(_prompt(traces, i))
-    outside = ()
-    if comparison.outside:
-        lines = read_prompts(comparison.prompts, include=comparison.outside)
-        outside = tuple(dict.fromkeys(line.task or "outside" for line in lines))
-        for line in lines:
-            ids = encode(pair.tokenizer, line)
-            if len(ids) <= comparison.trace.max_prompt_tokens:
-                prompts.setdefault(line.task or "outside", []).append(ids)
+    for line in outside:
+        ids = encode(pair.tokenizer, line)
+        if len(ids) <= comparison.trace.max_prompt_tokens:
+            prompts.setdefault(line.task or "outside", []).append(ids)
+    labels = tuple(dict.fromkeys(line.task or "outside" for line in outside))
     most, number = comparison.trace.max_new_tokens, itertools.count()
     as_request = lambda ids: Request(ids=tuple(ids), max_new_tokens=most, number=next(number), seed=comparison.seed)
     return Asked(
-        {task: [as_request(ids) for ids in own[: comparison.measured]] for task, own in prompts.items()}, outside
+        {task: [as_request(ids) for ids in own[: comparison.measured]] for task, own in prompts.items()}, labels
     )
 
 
@@ -155,13 +156,14 @@ def _prompt(traces: Traces, i: Any) -> list[int]:
     return traces.tokens[i][: traces.prompt_length[i]].tolist()
 
 
-def _ways(comparison: Comparison, pair: Pair, asked: Asked) -> list[Way]:
+def _ways(comparison: Comparison, pair: Pair, asked: Asked, placement: Placement) -> list[Way]:
     """The programs that measure; 0 drafted tokens is autoregressive decoding. Drafters' weights are their arguments."""
     dtype = jnp.dtype(comparison.dtype)
     longest = max(len(own.ids) for requests in asked.requests.values() for own in requests)
     smallest = bucket_of(longest, comparison.trace.smallest_bucket)
     shape: dict[str, Any] = {"slots": comparison.slots, "admit_rows": min(8, comparison.slots), "smallest": smallest}
     shape |= {"room": room_of(smallest, comparison.trace.max_new_tokens), "vocab_size": pair.vocab_size}
+    shape["placement"] = placement
 
     def way(drafted: int, temperature: float) -> Way:
         lm = partial(lm_drafter, pair.draft.config, vocab_size=pair.vocab_size, dtype=dtype)
