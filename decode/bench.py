@@ -30,7 +30,7 @@ from jaxspec.engine import Engine
 from jaxspec.requests import Request, bucket_of, room_of
 from jaxspec.router import TRUNK
 from jaxspec.store.models import encode
-from jaxspec.store.pool import ONLINE, TEST, Pool, draft_length, find_pool, load_pool, with_target
+from jaxspec.store.pool import ONLINE, TEST, Pool, calibration, draft_length, find_pool, load_pool, with_target
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.stages import write_json
 
@@ -259,7 +259,7 @@ def _rounds(config: Bench, pool: Pool) -> dict[str, dict[int, float]] | None:
         return None
     families = {"": pool.facts, **pool.facts["further"]}
     return {
-        name: {k: row["round_milliseconds"] for k, row in own["calibration"].items()} for name, own in families.items()
+        name: {k: row["round_milliseconds"] for k, row in calibration(own).items()} for name, own in families.items()
     }
 
 

@@ -18,7 +18,7 @@ from jaxspec.engine import Engine, Method, Routes
 from jaxspec.plan import GIB, Load
 from jaxspec.requests import Request, checked
 from jaxspec.store.families import options
-from jaxspec.store.pool import Pool, drafter_names, tokens_a_round, widen
+from jaxspec.store.pool import Pool, calibration, drafter_names, tokens_a_round, widen
 from jaxspec.timing import timed
 
 SAMPLE, TOKENS, PASSES = 4, 32, 2  # prompts a slot, tokens of each and passes by which rounds are timed
@@ -84,14 +84,14 @@ def retimed(
         shape: `slots`, `room` and what else an `Engine` takes.
     """
     facts, slots = pool.facts, shape["slots"]
-    lengths = sorted(set(lengths) or map(int, facts["calibration"]))
+    lengths = sorted(set(lengths) or calibration(facts))
     step = max(1, len(requests) // (SAMPLE * slots))
     sample = [replace(own, max_new_tokens=min(own.max_new_tokens, TOKENS)) for own in requests[::step]]
     ways = _one_engine(pool, lengths, rule, shape) if slots == 1 else _engines(pool, lengths, rule, shape)
     rounds = {way: row["round_milliseconds"] for way, row in timed(ways, sample[: SAMPLE * slots], PASSES).items()}
     of = lambda name: {k: own for (family, k), own in rounds.items() if family == name}
     own = _calibration(facts, facts, drafter_names(facts), of(""), slots)
-    known: dict[str, Any] = {"calibration": own, "calibration_by_slots": {}}
+    known: dict[str, Any] = {"calibration_by_slots": {slots: own}}
     if slots == 1:
         known["further"] = {
             name: {**own, "calibration": _calibration(facts, own, list(own["acceptance_length"]), of(name), slots)}

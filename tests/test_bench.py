@@ -152,7 +152,7 @@ def knowing(pool, lengths, rounds=None, fastest=2, **facts):
     rounds = rounds or {k: 1.0 for k in range(3)}
     rate = lambda k: 9.0 if k == fastest else float(k)
     calibration = {k: {"tokens_per_second": rate(k), "round_milliseconds": own} for k, own in rounds.items()}
-    known = {"acceptance_length": lengths, "calibration": calibration, **facts}
+    known = {"acceptance_length": lengths, "calibration_by_slots": {1: calibration}, **facts}
     return dataclasses.replace(pool, facts={**pool.facts, **known}, normal=None)
 
 

@@ -5,9 +5,11 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 import jaxspec
 from decode import generate
-from jaxspec.store.pool import draft_length
+from jaxspec.store.pool import draft_length, find_pool, load_pool
 from train import calibrate
 
 
@@ -16,7 +18,7 @@ def losing_together(facts: dict) -> dict:
     table = lambda best: {
         str(k): {"tokens_per_second": 9.0 if k == best else 1.0, "round_milliseconds": 1.0} for k in (0, 1, 2)
     }
-    return {**facts, "calibration": table(2), "calibration_by_slots": {"1": table(2), "2": table(0), "8": table(1)}}
+    return {**facts, "calibration_by_slots": {"1": table(2), "2": table(0), "8": table(1)}}
 
 
 def test_a_job_takes_the_least_measured_number_of_slots_that_is_no_less_than_its_own(loaded):
@@ -25,16 +27,33 @@ def test_a_job_takes_the_least_measured_number_of_slots_that_is_no_less_than_its
     assert (
         draft_length(facts) == 2 and draft_length(facts, 4, slots=2) == 4 and draft_length(facts, least=1, slots=2) > 0
     )
-    earlier = {**facts, "calibration_by_slots": {}}
-    assert {draft_length(earlier, slots=own) for own in (1, 8)} == {2}
+
+
+@pytest.mark.parametrize("by_slots", [{}, {"calibration_by_slots": {}}, None], ids=["alone", "empty", "twice"])
+def test_pools_of_earlier_versions_say_their_rounds_alike(pool, tmp_path, by_slots):
+    """They said the rounds in the fewest slots under a name of their own, and the oldest nothing else."""
+    shutil.copytree(pool, tmp_path / "pool")
+    now = losing_together(find_pool(pool)[1])
+    earlier = {"calibration": now["calibration_by_slots"]["1"], **now}
+    if by_slots is not None:
+        del earlier["calibration_by_slots"]
+    rewrite(tmp_path / "pool", lambda own: {**earlier, **(by_slots or {})})
+    facts = load_pool(str(tmp_path / "pool")).facts
+    assert facts == {**now, **({} if by_slots is None else {"calibration_by_slots": {"1": earlier["calibration"]}})}
+    assert [draft_length(facts, slots=own) for own in (1, 2)] == ([2, 0] if by_slots is None else [2, 2])
+
+
+def rewrite(folder: Path, change) -> None:
+    """Has a pool's manifest say what `change` makes of its facts."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["results"] = change(manifest["results"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_a_job_drafts_where_it_pays_and_not_where_it_cannot_win(pool, loaded, world, tmp_path):
     own = tmp_path / "pool"
     shutil.copytree(pool, own)
-    manifest = json.loads((own / "manifest.json").read_text())
-    manifest["results"] = losing_together(manifest["results"])
-    (own / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(own, losing_together)
     line = (world.prompts / "kitchen.jsonl").read_text().splitlines()[0]
     (tmp_path / "in.jsonl").write_text(line + "\n")
     drafted = {}
@@ -55,6 +74,6 @@ def test_calibration_measures_every_number_of_slots(finished, out_with, capsys):
     calibrate.run(dataclasses.replace(finished, out=str(out), calibrate=spec))
     results = json.loads(Path(out, "pool", "manifest.json").read_text())["results"]
     by_slots = results["calibration_by_slots"]
-    assert list(by_slots) == ["1", "2"] and by_slots["1"] == results["calibration"]
+    assert list(by_slots) == ["1", "2"] and "calibration" not in results
     assert all(row["tokens_per_second"] > 0 for table in by_slots.values() for row in table.values())
     assert "in 2 slots" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from jaxspec.engine import Method, unrouted
 from jaxspec.requests import MAX_DRAFT, Request
 from jaxspec.router import TRUNK
 from jaxspec.store.families import companion, drafter_name, options
-from jaxspec.store.pool import BANK, MIXED, load_pool
+from jaxspec.store.pool import BANK, MIXED, calibration, load_pool
 from jaxspec.store.stages import read_arrays
 from jaxspec.store.traces import read_traces
 from jaxspec.store.trees import write_tree
@@ -74,7 +74,7 @@ def knowing(pool, best: dict[int, tuple[str, int]]):
     further = pool.facts["further"]
     lengths = lambda name: [[1.0, *(9.0 if best[t] == (name, k) else 1.0 for k in (1, 2))] for t in range(3)]
     rounds = {k: {"tokens_per_second": float(k), "round_milliseconds": 1.0} for k in (1, 2)}
-    known = {"calibration": rounds, "acceptance_length": {name: lengths(name) for name in names}, "fallback_below": 0.0}
+    known = {"calibration_by_slots": {1: rounds}, "acceptance_length": {name: lengths(name) for name in names}, "fallback_below": 0.0}
     of = lambda own: {
         **own,
         "calibration": rounds,
@@ -89,10 +89,10 @@ def test_a_family_that_is_nowhere_the_fastest_is_not_loaded(calibrated):
     assert own.families == (("", (1, 2)),) and (own.family == [0] * 6 + [-1] * 6).all()
     measured = knowing(calibrated, {0: ("task 0", 2), 1: ("task 1", 1), 2: ("mixed", 2)}).facts
     nothing = {
-        **measured["calibration"],
+        **calibration(measured),
         0: {"tokens_per_second": 3.0, "round_milliseconds": 9.0},
     }  # the own alone have it
-    assert options({**measured, "calibration": nothing}).families == (("", (0, 1, 2)),)
+    assert options({**measured, "calibration_by_slots": {1: nothing}}).families == (("", (0, 1, 2)),)
     some = options(knowing(calibrated, {0: ("task 0", 2), 1: ("ngram", 1), 2: ("ngram", 1)}).facts)
     assert some.families == (("", (2,)), ("ngram", (1,)))
     assert np.isinf(some.seconds[some.names.index("ngram"), :, 1]).all()

@@ -75,7 +75,7 @@ def perfect(turned, loaded, tmp_path_factory) -> Path:
     accepted = {name: 3 * [[1.0, 2.0, 3.0]] for name in own["tasks"]}  # none is served by the base
     accepted |= {name: 3 * [[1.0, 1.0, 1.0]] for name in ("mixed", "base")}
     best = lambda k: {"tokens_per_second": float(k == other_length(loaded)), "round_milliseconds": 1.0}
-    known = {"acceptance_length": accepted, "calibration": {k: best(k) for k in (1, 2)}, "calibration_by_slots": {}}
+    known = {"acceptance_length": accepted, "calibration_by_slots": {1: {k: best(k) for k in (1, 2)}}}
     return change(folder, lambda own: {"draft": own["target"], "trunk": False, "mixed": "mixed_full", **known})
 
 

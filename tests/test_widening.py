@@ -16,7 +16,7 @@ from jaxspec import serving, sharding, widening
 from jaxspec.config import Mesh, UserError
 from jaxspec.requests import Request
 from jaxspec.store.families import options
-from jaxspec.store.pool import draft_length, widen
+from jaxspec.store.pool import calibration, draft_length, widen
 from jaxspec.transformer import LMConfig, Rope, abstract, extend, forward, prefill, unembed
 from jaxspec.widening import outline
 from tests.conftest import TARGET, random_params
@@ -191,7 +191,7 @@ def test_draft_lengths_follow_the_rounds_of_the_target_that_is_there(wide, monke
             assert draft_length(found.facts) == best
         alone = options(widened.retimed(pool, REQUESTS, (0, 1, 2), slots=1, room=64).facts)
         assert alone.families == (("", (best,)),)
-        rate = found.facts["calibration"][1]["tokens_per_second"]
+        rate = calibration(found.facts)[1]["tokens_per_second"]
         assert rate == pytest.approx(2 * 1.9e3 / (1.0 + cost))
 
 

@@ -39,6 +39,7 @@ from jaxspec.store.pool import (
     TEST,
     TRUNK_FILE,
     Pool,
+    calibration,
     draft_length,
     drafter_names,
     find_pool,
@@ -83,10 +84,9 @@ def run(experiment: Experiment) -> None:
     requests = _sample(experiment, traces, partition)
     fewest, *more = _numbers_of_slots(experiment, pool)
     table = _timed(experiment, _ways(experiment, pool, others, NGRAM in facts["further"], fewest, requests), requests)
-    table[""] = _with_mixed(table)
-    rows = {fewest: table[""]}
-    for name, own in table.items():
-        (facts["further"][name] if name else facts)["calibration"] = own
+    rows = {fewest: _with_mixed(table)}
+    for name, own in facts["further"].items():
+        own["calibration"] = table[name]
     for slots in more:
         rows[slots] = _with_mixed(_timed(experiment, _ways(experiment, pool, {}, False, slots, requests), requests))
     facts["calibration_by_slots"] = rows
@@ -120,8 +120,8 @@ def _timed(experiment: Experiment, ways: dict, requests: Sequence[Request]) -> d
 
 
 def _with_mixed(table: dict[str, dict[int, dict]]) -> dict[int, dict]:
-    """The pool's own rows, with what rounds take where `mixed` serves all slots; it is taken out of the table."""
-    united = table.pop(UNITED, {})
+    """The pool's own rows, with what rounds take where `mixed` serves all slots."""
+    united = table.get(UNITED, {})
     return {
         k: row | {"mixed_round_milliseconds": united.get(k, row)["round_milliseconds"]} for k, row in table[""].items()
     }
@@ -161,7 +161,7 @@ def _of_pool(own: Place, pool: Pool, judge: forced.Judge) -> dict:
 def _say(facts: dict) -> None:
     """Prints what was measured: of every draft length, and of every task."""
     for family, measured in (("", facts), *facts["further"].items()):
-        for k, row in measured["calibration"].items():
+        for k, row in calibration(measured).items():
             accuracy = f", draft accuracy {row['draft_accuracy']:.3f}" if k else ", nothing drafted"
             print(f"calibrate: {family and f'{family}, '}K = {k}: {row['tokens_per_second']:.1f} tokens/s{accuracy}")
     k, names, among = draft_length(facts, least=1), drafter_names(facts), options(facts)

@@ -82,7 +82,7 @@ def options(facts: Mapping[str, Any], asked: int | None = None, slots: int = 1) 
             row["round_milliseconds"] / row["mixed_round_milliseconds"] if "mixed_round_milliseconds" in row else 1.0
         )
         return Options(False, (k,), names, rounds, (("", (k,)),), np.zeros(len(names), int), apart)
-    lengths = tuple(sorted(map(int, facts["calibration"])))
+    lengths = tuple(sorted(calibration(facts)))
     measured = {"": (facts, names)}
     measured |= {name: (own, tuple(own["acceptance_length"])) for name, own in facts["further"].items()}
     seconds = np.concatenate([expected_seconds(own, drafters, lengths) for own, drafters in measured.values()])

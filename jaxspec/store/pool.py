@@ -169,21 +169,26 @@ def find_pool(path: str) -> tuple[Path, dict, str]:
     if "acceptance_length" not in manifest["results"]:
         raise UserError(f"{path!r} was made by an earlier version; remove it and run `python -m train.calibrate` again")
     earlier = {"trunk": False, "specialists": "bank_lora", "training": None, "curves": None, "further": {}}
-    earlier |= {"calibration_by_slots": {}, "trained": None}
-    return folder, {**earlier, **manifest["results"]}, manifest["digest"]
+    earlier |= {"trained": None}
+    return folder, _by_slots({**earlier, **manifest["results"]}), manifest["digest"]
 
 
-def calibration(facts: Mapping[str, Any], slots: int | None = None) -> dict[int, dict[str, Any]]:
+def _by_slots(facts: dict) -> dict:
+    """The facts with the pool's own rounds in one place; earlier versions said those of the fewest slots twice, or alone."""
+    alone = facts.pop("calibration", None)
+    return {**facts, "calibration_by_slots": facts.get("calibration_by_slots") or {"1": alone}}
+
+
+def calibration(measured: Mapping[str, Any], slots: int | None = None) -> dict[int, dict[str, Any]]:
     """What was measured of each draft length, in the fewest slots of those measured, or as a job of `slots` wants it.
 
-    That is the fewest measured slots that are no fewer than the job's, else the most: the more rows a call has, the less it
+    A further family is measured in the fewest slots alone, and its `calibration` says so. What a job wants is the fewest measured slots that are no fewer than the job's, else the most: the more rows a call has, the less it
     gains by more columns, so that what pays there pays here, and a job drafts nothing where it may lose.
     """
-    by_slots = {int(own): table for own, table in facts["calibration_by_slots"].items()} if slots else {}
-    enough = [own for own in by_slots if own >= (slots or 0)]
-    near = min(enough, default=max(by_slots, default=None))
-    table = facts["calibration"] if near is None else by_slots[near]
-    return {int(k): row for k, row in table.items()}
+    tables = measured["calibration_by_slots"] if "calibration_by_slots" in measured else {1: measured["calibration"]}
+    by_slots = {int(own): table for own, table in tables.items()}
+    near = min((own for own in by_slots if own >= (slots or 0)), default=max(by_slots))
+    return {int(k): row for k, row in by_slots[near].items()}
 
 
 def draft_length(facts: Mapping[str, Any], asked: int | None = None, least: int = 0, slots: int | None = None) -> int:
@@ -229,8 +234,8 @@ def tokens_a_round(measured: Mapping[str, Any], names: Sequence[str], lengths: S
 
 
 def expected_seconds(measured: Mapping[str, Any], names: Sequence[str], lengths: Sequence[int]) -> np.ndarray:
-    """Expected seconds a token `[D, T, K]`, infinite at lengths that were not measured; `measured` has `calibration` too."""
-    rounds = {int(k): row["round_milliseconds"] / 1e3 for k, row in measured["calibration"].items()}
+    """Expected seconds a token `[D, T, K]`, infinite at lengths that were not measured; see `calibration`."""
+    rounds = {k: row["round_milliseconds"] / 1e3 for k, row in calibration(measured).items()}
     of_length = np.array([rounds.get(k, np.inf) for k in lengths])
     return router.token_seconds(tokens_a_round(measured, names, lengths), of_length)
 
