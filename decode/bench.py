@@ -32,6 +32,7 @@ from jaxspec.router import TRUNK
 from jaxspec.store.models import encode
 from jaxspec.store.pool import ONLINE, TEST, Pool, calibration, draft_length, find_pool, load_pool, with_target
 from jaxspec.store.prompts import Line, read_prompts
+from jaxspec.store.recalibration import elsewhere
 from jaxspec.store.stages import write_json
 
 REFILLS = 4  # prompts that a slot serves in one measured batch
@@ -67,6 +68,9 @@ def prepare(config: Bench) -> Prepared:
     sharding.check_rows(config.batch, mesh, "--batch")
     pool = load_pool(config.pool, target=config.target, draft=config.draft, dtype=config.dtype, mesh=mesh)
     contenders = _contenders(config, pool)
+    if config.num_speculative_tokens is None and not config.widen:
+        for said in filter(None, (elsewhere(own.pool.facts, str(own.pool.path)) for own in contenders)):
+            print(f"bench: {said}")
     rule = _rule(config)
     shape = _shape(config, contenders[0].asks)
     if config.widen:

@@ -38,6 +38,7 @@ from jaxspec.store.models import encode
 from jaxspec.store.parts import alone, merge, own_rows, part_file, same_job, unfinished
 from jaxspec.store.pool import Pool, draft_length, find_pool, load_pool
 from jaxspec.store.prompts import Fault, Line, read_lines
+from jaxspec.store.recalibration import elsewhere
 from jaxspec.text import Ask, Completion, drafter_named, room_for, serve
 from jaxspec.transformer import LMConfig
 
@@ -130,6 +131,8 @@ def run(config: Generate) -> None:
     known = _know(config)
     asks = [_ask(config, known, number, line) for number, line in enumerate(lines)]
     pool = _pool(config, known, asks, sharding.asked(config.mesh, jax.local_devices() if processes > 1 else None))
+    if config.num_speculative_tokens is None and (said := elsewhere(pool.facts, config.pool)):
+        print(f"generate: {said}", file=sys.stderr)
     with open(output, "ab") as out, preemptible() as preempted:
         alone(out, output)
         same_job(output, _settings(config, known))

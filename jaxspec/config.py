@@ -155,6 +155,9 @@ class Calibrate:
     """Longest completion while measuring."""
     texts: int = 48
     """Calibrate texts of each task on which every drafter's acceptance is read off."""
+    temperature: float = 0.0
+    """Temperature of the jobs to come: above 0 drafts are timed under p/q rejection, and what drafters have accepted is an
+    expectation along the texts."""
     further: tuple[str, ...] = ()
     """Further families of drafters to choose among, one prompt at a time: `ngram`, and pools of the same target, whose drafters
     may have any size, as NAME=POOL or NAME=POOL,DRAFT."""
@@ -200,6 +203,9 @@ class Experiment:
     mesh: Mesh = field(default_factory=Mesh)
     distributed: bool = False
     """Join the job's other processes by jax.distributed and train over all their devices; for train.align alone."""
+    pool: str = ""
+    """A finished pool to calibrate on this device, by what it keeps and in its own dtype, into OUT/pool; for train.calibrate
+    alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

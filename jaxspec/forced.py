@@ -5,7 +5,7 @@ that any draft length would have had there, exactly; the target does not run.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxspec.align import Batch
 from jaxspec.packing import as_batch, pack, places
 from jaxspec.requests import MAX_DRAFT, bucket_of
 from jaxspec.store.models import Pair
-from jaxspec.store.traces import Traces
+from jaxspec.store.recalibration import Sample
+from jaxspec.store.traces import Texts, Traces
 from jaxspec.transformer import LMConfig, forward, unembed
-from jaxspec.types import Drafter
+from jaxspec.types import Draft, Drafter
 
 ROWS = 8  # packed rows in a pass
 
@@ -47,40 +49,67 @@ def greedy(config: LMConfig, weights: dict, tokens: Array, segments: Array, at: 
 
 
 def agreements(
-    best: Callable[..., Array], traces: Traces, examples: Sequence[int], row_tokens: int
+    best: Callable[..., Array], traces: Traces | Texts, examples: Sequence[int], row_tokens: int
 ) -> list[np.ndarray]:
     """For each example its output places `[O]` at which a drafter's best token is the target's.
 
     Args:
         best: (tokens, segments, at) -> the drafter's best tokens; compiled once, for packed rows of `row_tokens`.
     """
-    if not examples:
-        return []
-    rows = pack([len(own) for own in traces.tokens], examples, row_tokens)
-    room = places(traces, rows, row_tokens)
     found: dict[int, np.ndarray] = {}
-    for start in range(0, len(rows), ROWS):
-        group = rows[start : start + ROWS]
-        batch = as_batch(traces, [*group, *[[]] * (ROWS - len(group))], row_tokens, room)
+    for group, batch in packed(traces, examples, row_tokens):
         said = best(batch.tokens, batch.segments, batch.at)
-        batch, agree = jax.device_get((batch, said == batch.top_ids[..., 0]))
-        for r, row in enumerate(group):
-            owner = batch.segments[r, batch.at[r]]
-            for segment, i in enumerate(row):
-                found[i] = agree[r, batch.mask[r] & (owner == segment)]
+        found |= apart(group, batch, said == batch.top_ids[..., 0])
     return [found[i] for i in examples]
 
 
-def lookups(drafter: Drafter, traces: Traces, examples: Sequence[int]) -> list[np.ndarray]:
-    """For each example, at each output place `[O]`, how many tokens a drafter without weights would have had accepted there."""
+def packed(traces: Traces | Texts, examples: Sequence[int], row_tokens: int) -> Iterator[tuple[list[list[int]], Batch]]:
+    """The examples in batches of ROWS packed rows, and which are in each row."""
+    if not examples:
+        return
+    rows = pack([len(own) for own in traces.tokens], examples, row_tokens)
+    room = places(traces, rows, row_tokens)
+    for start in range(0, len(rows), ROWS):
+        group = rows[start : start + ROWS]
+        yield group, as_batch(traces, [*group, *[[]] * (ROWS - len(group))], row_tokens, room)
+
+
+def apart(group: Sequence[Sequence[int]], batch: Batch, values: Array) -> dict[int, np.ndarray]:
+    """What packed values `[R, M, ...]` say of each example's output places: `[O, ...]`."""
+    found, values = {}, jax.device_get(values)
+    for r, row in enumerate(group):
+        owner = batch.segments[r, batch.at[r]]
+        for segment, i in enumerate(row):
+            found[i] = values[r, batch.mask[r] & (owner == segment)]
+    return found
+
+
+def proposing(
+    drafter: Drafter, traces: Traces | Texts, examples: Sequence[int]
+) -> tuple[Callable[[Array, Array], tuple[Draft, Array]], int, int]:
+    """How a drafter without weights goes on at every output place of a text, with the text's width S and O for all of them.
+
+    It is (text `[S]`, its prompt's length) -> drafts of O rows, and the places `[O, N]` that they speak of.
+    """
     slots = bucket_of(max(map(len, traces.tokens)) + drafter.num_nodes)
-    room = max(len(traces.tokens[i]) - int(traces.prompt_length[i]) for i in examples) if examples else 0
+    room = max((len(traces.tokens[i]) - int(traces.prompt_length[i]) for i in examples), default=0)
+
+    def propose(text: Array, begin: Array) -> tuple[Draft, Array]:
+        length = begin + jnp.arange(room)
+        draft, _ = drafter.propose((), (), jnp.broadcast_to(text, (room, slots)), length, None, None)
+        return draft, length[:, None] + jnp.arange(drafter.num_nodes)
+
+    return propose, slots, room
+
+
+def lookups(drafter: Drafter, traces: Traces | Texts, examples: Sequence[int]) -> list[np.ndarray]:
+    """For each example, at each output place `[O]`, how many tokens a drafter without weights would have had accepted there."""
+    propose, slots, _ = proposing(drafter, traces, examples)
 
     @jax.jit
     def right(tokens: Array, best: Array, begin: Array) -> Array:
-        length = begin + jnp.arange(room)
-        draft, _ = drafter.propose((), (), jnp.broadcast_to(tokens, (room, slots)), length, None, None)
-        said = best[jnp.minimum(length[:, None] + jnp.arange(drafter.num_nodes), slots - 1)]
+        draft, place = propose(tokens, begin)
+        said = best[jnp.minimum(place, slots - 1)]
         counts = jnp.arange(drafter.num_nodes) < draft.num_drafted[:, None]
         return jnp.cumprod(counts & (draft.tokens == said), axis=1).sum(1)
 
@@ -130,17 +159,13 @@ class Judge:
     """What drafters of one shape would have had accepted on the calibrate split.
 
     Args:
-        partition: the split and the task of every text, see `train.partition`.
         texts: how many of each task count.
     """
 
-    def __init__(self, pair: Pair, traces: Traces, partition: dict, texts: int):
-        self.traces = traces
+    def __init__(self, pair: Pair, sample: Sample, texts: int):
+        self.texts, self.examples = sample.texts, sample.of_each(texts)
         self._pair, self._best = pair, _best_of(pair)
-        self._row_tokens = bucket_of(max(map(len, traces.tokens)))
-        held = partition["split"] == 1
-        tasks = range(len(partition["centroids"]))
-        self.examples = [np.flatnonzero(held & (partition["task"] == t))[:texts].tolist() for t in tasks]
+        self._row_tokens = bucket_of(max(map(len, sample.texts.tokens)))
 
     def of(self, pair: Pair) -> "Judge":
         """A judge by the same texts of drafters of another shape."""
@@ -153,12 +178,12 @@ class Judge:
     def lengths(self, weights: dict) -> list[list[float] | None]:
         """Tokens a round by task and number of drafted tokens from 0 on; None for a task without texts."""
         best = partial(self._best, weights)
-        found = [agreements(best, self.traces, rows, self._row_tokens) for rows in self.examples]
+        found = [agreements(best, self.texts, rows, self._row_tokens) for rows in self.examples]
         return [_by_length([agreeing(agrees) for agrees in texts]) for texts in found]
 
     def looked_up(self, drafter: Drafter) -> list[list[float] | None]:
         """The same of a drafter without weights that drafts MAX_DRAFT tokens, and fewer alike."""
-        return [_by_length(lookups(drafter, self.traces, rows)) for rows in self.examples]
+        return [_by_length(lookups(drafter, self.texts, rows)) for rows in self.examples]
 
 
 @lru_cache(maxsize=8)

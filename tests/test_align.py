@@ -14,11 +14,11 @@ import pytest
 from jaxspec import align
 from jaxspec.config import Align
 from jaxspec.packing import as_batch, pack, packed_rows, places
+from jaxspec.store.assembly import curves
 from jaxspec.store.huggingface import read_model
 from jaxspec.store.stages import manifest, read_arrays
 from jaxspec.store.traces import Traces, read_traces
 from train import align as stage
-from train import calibrate
 
 VOCAB = 6
 BATCH = align.Batch(*[np.zeros((1, 1), np.int32)] * 7)  # of which a test replaces what it needs
@@ -295,16 +295,16 @@ def test_without_a_trunk_specialists_start_from_the_base(finished, out_with):
 
 
 def test_the_pool_keeps_the_curves_of_every_course_and_each_step_once(finished, tmp_path):
-    curves = manifest(finished.out, "pool")["results"]["curves"]
-    assert list(curves) == ["trunk", "bank_lora", "mixed_lora", "mixed_full"]
-    assert {name: own["step"] for name, own in curves.items()} == {
+    known = manifest(finished.out, "pool")["results"]["curves"]
+    assert list(known) == ["trunk", "bank_lora", "mixed_lora", "mixed_full"]
+    assert {name: own["step"] for name, own in known.items()} == {
         "trunk": [6], "bank_lora": [2], "mixed_lora": [10, 12], "mixed_full": [6]
     }  # fmt: skip
-    assert [len(own["loss"][0]) for own in curves.values()] == [1, 3, 1, 1]
+    assert [len(own["loss"][0]) for own in known.values()] == [1, 3, 1, 1]
     said = [("bank", 10, 0.5), ("bank", 20, 0.4), ("bank", 20, 0.3), ("mixed", 10, 0.9)]  # killed and gone on
     lines = [json.dumps({"course": c, "step": s, "loss": [x], "agreement": [1 - x]}) for c, s, x in said]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    found = calibrate._curves(tmp_path / "metrics.jsonl")
+    found = curves(tmp_path / "metrics.jsonl")
     assert found["bank"] == {"step": [10, 20], "loss": [[0.5], [0.3]], "agreement": [[0.5], [0.7]]}
     assert found["mixed"]["step"] == [10]
 

@@ -74,7 +74,11 @@ def knowing(pool, best: dict[int, tuple[str, int]]):
     further = pool.facts["further"]
     lengths = lambda name: [[1.0, *(9.0 if best[t] == (name, k) else 1.0 for k in (1, 2))] for t in range(3)]
     rounds = {k: {"tokens_per_second": float(k), "round_milliseconds": 1.0} for k in (1, 2)}
-    known = {"calibration_by_slots": {1: rounds}, "acceptance_length": {name: lengths(name) for name in names}, "fallback_below": 0.0}
+    known = {
+        "calibration_by_slots": {1: rounds},
+        "acceptance_length": {name: lengths(name) for name in names},
+        "fallback_below": 0.0,
+    }
     of = lambda own: {
         **own,
         "calibration": rounds,

@@ -55,7 +55,8 @@ ALLOWED = {
     "reliability": {"engine", "router", "store"},
     "tasks": {"store"},
     "packing": {"align", "store"},
-    "forced": {"packing", "requests", "store", "transformer", "types"},
+    "forced": {"align", "packing", "requests", "store", "transformer", "types"},
+    "expected": {"align", "forced", "requests", "sampling", "store", "transformer", "types"},
     "writing": {"align", "drafters", "requests", "speculate", "store", "target", "transformer", "types", "verify"},
     "merging": set(),
     "serving": {
@@ -113,6 +114,7 @@ ALLOWED = {
         "joining",
         "widening",
         "trigrams",
+        "replay",
     },
 }
 

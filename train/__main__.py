@@ -13,6 +13,8 @@ def run(experiment: Experiment) -> None:
     """Runs the pipeline; its result is the pool in `out/pool`."""
     if experiment.distributed:
         raise UserError("--distributed is for train.align alone; run the other stages on one host")
+    if experiment.pool:
+        raise UserError("--pool is for train.calibrate alone, which calibrates it; leave it out to train another")
     for stage in (trace, partition, align, router, calibrate):
         start = time.time()
         stage.run(experiment)

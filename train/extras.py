@@ -21,6 +21,7 @@ from jaxspec.adapters import added, updates
 from jaxspec.config import Experiment, command_line
 from jaxspec.forced import Judge
 from jaxspec.store.pool import EXTRAS, TRIGRAMS, extra_file, load_pool
+from jaxspec.store.recalibration import sampled
 from jaxspec.store.stages import manifest, read_arrays, write_arrays, write_json
 from jaxspec.store.traces import Traces, check_models, read_traces
 from jaxspec.store.trees import write_tree
@@ -38,7 +39,8 @@ def run(experiment: Experiment) -> None:
     partition = read_arrays(Path(experiment.out, "partition", "partition.npz"))
     traces = read_traces(experiment.out)
     said: dict[str, dict] = {"adaptive": _counted(pool.path / TRIGRAMS, traces, partition)}
-    judge = Judge(pool.pair, traces, partition, experiment.calibrate.texts)
+    texts = experiment.calibrate.texts
+    judge = Judge(pool.pair, sampled(traces, partition, texts), texts)
     for name, candidates in _mergers(updates(pool.trunk, pool.bank)).items():
         scores, started = {}, time.time()
         for scale, make in tqdm(candidates.items(), desc=name, unit="coefficient"):

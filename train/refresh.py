@@ -7,7 +7,6 @@ The job has kept features of the prompts that it served, and whom the target agr
 of every task. The router goes on from where it was, on both, so that new wordings find their drafter and old ones keep it.
 """
 
-import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from jaxspec.config import UserError, command_line
 from jaxspec.replay import Known, Served
 from jaxspec.router import RouterParams
 from jaxspec.store.pool import NORMAL, REPLAY, ROUTER, drafter_names, find_pool
-from jaxspec.store.stages import CLAIM, MANIFEST, digest_of, finish, open_stage, read_arrays, write_arrays, write_whole
+from jaxspec.store.stages import CLAIM, MANIFEST, copy_files, digest_of, finish, open_stage, read_arrays, write_arrays
 from jaxspec.store.trees import read_tree, write_tree
 
 KEPT = (NORMAL, REPLAY, ROUTER, MANIFEST, CLAIM)  # files that the new pool has of its own
@@ -77,9 +76,7 @@ def run(config: Refresh) -> None:
     before = read_tree(folder / ROUTER, router.abstract(width, facts["router_hidden"], tasks))
     served = replay.bounded(files, sum(len(own.name) for own in files))
     after = refreshed(before, old, served, **settings)
-    for file in folder.iterdir():
-        if file.is_file() and file.name not in KEPT:
-            write_whole(stage.folder / file.name, lambda part, file=file: shutil.copyfile(file, part))
+    copy_files(folder, stage.folder, KEPT)
     write_tree(stage.folder / ROUTER, after.params)
     write_arrays(stage.folder / REPLAY, after.known._asdict())
     write_arrays(stage.folder / NORMAL, after.normal._asdict())

@@ -169,7 +169,8 @@ def find_pool(path: str) -> tuple[Path, dict, str]:
     if "acceptance_length" not in manifest["results"]:
         raise UserError(f"{path!r} was made by an earlier version; remove it and run `python -m train.calibrate` again")
     earlier = {"trunk": False, "specialists": "bank_lora", "training": None, "curves": None, "further": {}}
-    earlier |= {"trained": None}
+    device = manifest["device"] if "calibrate" in manifest["config"] else None
+    earlier |= {"trained": None, "calibrated": {"device": device, "temperature": 0.0}}
     return folder, _by_slots({**earlier, **manifest["results"]}), manifest["digest"]
 
 
@@ -182,8 +183,9 @@ def _by_slots(facts: dict) -> dict:
 def calibration(measured: Mapping[str, Any], slots: int | None = None) -> dict[int, dict[str, Any]]:
     """What was measured of each draft length, in the fewest slots of those measured, or as a job of `slots` wants it.
 
-    A further family is measured in the fewest slots alone, and its `calibration` says so. What a job wants is the fewest measured slots that are no fewer than the job's, else the most: the more rows a call has, the less it
-    gains by more columns, so that what pays there pays here, and a job drafts nothing where it may lose.
+    A further family is measured in the fewest slots alone, and its `calibration` says so. What a job wants is the fewest
+    measured slots that are no fewer than its own, else the most: the more rows a call has, the less it gains by more
+    columns, so that what pays there pays here, and a job drafts nothing where it may lose.
     """
     tables = measured["calibration_by_slots"] if "calibration_by_slots" in measured else {1: measured["calibration"]}
     by_slots = {int(own): table for own, table in tables.items()}

@@ -7,8 +7,10 @@ claim written first says which experiment a folder belongs to.
 import hashlib
 import json
 import os
+import shutil
 import time
 import zipfile
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,18 +60,23 @@ def open_stage(out: str, name: str, *, config: dict, parents: dict[str, str]) ->
 
 def finish(stage: Stage, **results: Any) -> str:
     """Writes the manifest, which makes the stage exist; returns its digest."""
-    device = jax.devices()[0]
     manifest = {
         **stage.claim,
         "digest": digest_of(stage.claim),
         "versions": {name: _version(name) for name in ("jaxspec-decoding", "jax", "flax", "optax", "numpy")},
-        "device": {"platform": device.platform, "kind": device.device_kind, "number": jax.device_count()},
+        "device": device_in_use(),
         "seconds": round(time.time() - stage.started, 1),
         "results": results,
     }
     if is_writer():
         write_json(stage.folder / MANIFEST, manifest)
     return manifest["digest"]
+
+
+def device_in_use() -> dict[str, Any]:
+    """What manifests say of the device."""
+    device = jax.devices()[0]
+    return {"platform": device.platform, "kind": device.device_kind, "number": jax.device_count()}
 
 
 MAKERS = {"pool": "calibrate"}  # stages whose folder has another name than their command
@@ -98,12 +105,12 @@ def write_json(file: Path, value: Any) -> None:
     write_whole(file, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
 
 
-def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an .npz so that it is there whole or not at all."""
+def write_arrays(file: Path, arrays: dict[str, np.ndarray], save: Callable[..., None] = np.savez) -> None:
+    """Writes an .npz so that it is there whole or not at all; `save` may be `numpy.savez_compressed`."""
 
     def write(part: Path) -> None:
         with open(part, "wb") as handle:
-            np.savez(handle, **arrays)  # pyright: ignore[reportArgumentType]
+            save(handle, **arrays)
 
     write_whole(file, write)
 
@@ -117,6 +124,13 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{file} is not there; run the stage that writes it again") from error
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is damaged ({error}); remove it and run the stage again") from error
+
+
+def copy_files(folder: Path, to: Path, apart_from: Sequence[str]) -> None:
+    """Copies a stage's files into another's folder, but for those of these names."""
+    for file in folder.iterdir():
+        if file.is_file() and file.name not in apart_from:
+            write_whole(to / file.name, lambda part, file=file: shutil.copyfile(file, part))
 
 
 def is_writer() -> bool:
