@@ -66,10 +66,10 @@ def write_sample(folder: Path, sample: Sample) -> None:
 
 def read_sample(folder: Path) -> Sample:
     """The sample that a pool keeps; UserError for a pool of an earlier version, or a damaged file."""
-    again = "run `python -m train.calibrate` into another --out where the stages are that it was made from"
+    again = "move it away and run `python -m train.calibrate` again where the stages are that it was made from"
     if not (folder / SAMPLE).exists():
         raise UserError(
-            f"{folder} was made by an earlier version and has no {SAMPLE} to be calibrated by; {again}: that pool has one"
+            f"{folder} was made by an earlier version and has no {SAMPLE} to be calibrated by; {again}, which keeps one"
         )
     arrays = read_arrays(folder / SAMPLE)
     if missing := FIELDS - {*arrays}:
