@@ -127,7 +127,9 @@ def test_pools_that_do_not_say_where_they_were_calibrated_are_taken_by_their_man
 def test_what_cannot_be_calibrated_again_says_what_can(pool, here, finished, tmp_path):
     shutil.copytree(pool, tmp_path / "old")
     (tmp_path / "old" / SAMPLE).unlink()
-    with pytest.raises(UserError, match=r"earlier version and has no sample.npz .*; move it away and run `python -m train.calibrate`"):
+    with pytest.raises(
+        UserError, match=r"earlier version and has no sample.npz .*; move it away and run `python -m train.calibrate`"
+    ):
         calibrate.run(Experiment(pool=str(tmp_path / "old"), out=str(tmp_path / "out")))
     (tmp_path / "old" / SAMPLE).write_bytes(b"no archive")
     with pytest.raises(UserError, match=r"sample.npz is damaged"):
