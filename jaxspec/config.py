@@ -118,6 +118,9 @@ class Align:
     """Steps spent on each candidate; one candidate alone is taken without a search."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises."""
+    evaluate_every: int = 50
+    """Steps after which loss and agreement on a sample of the calibrate split are kept for the report's curves, the last step's
+    among them; 0 keeps none."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
 
@@ -170,7 +173,7 @@ class Mesh:
     data: int = 1
     """Parts that rows are split in."""
     model: int = 1
-    """Parts that the target's heads and vocabulary are split in."""
+    """Parts that heads and vocabulary are split in: the target's, and those of drafters in training."""
     memory: float | None = None
     """Memory of one device in GiB, for the plan; None asks the device."""
 
@@ -264,7 +267,7 @@ def command_line(config_type: type[Config], run: Callable[[Config], None], argv:
         sys.exit(130)
 
 
-MAY_BE_ZERO = ("seed", "process", "lengths", "drafted", "num_speculative_tokens")
+MAY_BE_ZERO = ("seed", "process", "lengths", "drafted", "num_speculative_tokens", "evaluate_every")
 SHARES = ("beta", "trunk", "warmup", "fallback_below", "select", "on_policy", "replay", "mixup")
 
 

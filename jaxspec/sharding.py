@@ -1,7 +1,8 @@
 """Where arrays live: the only file that knows that a mesh has axes named data and model.
 
-Rows are split over `data`. The target is tensor-parallel over `model`; drafters, small as they are, are whole on every
-device. Library functions never say where: arguments are placed, `jit` follows them, and a program that is fed its own
+Rows are split over `data`. The target is tensor-parallel over `model`, and so is a drafter in training, whose float32 masters,
+gradients and moments take eight times the bytes of its weights in bfloat16; drafters that draft, small as they are, are whole on
+every device. Library functions never say where: arguments are placed, `jit` follows them, and a program that is fed its own
 output names its layout with `shardings`, so that the layout, and with it the program, stays the same.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,10 +22,9 @@ from jaxspec.types import ONE_DEVICE, Placement, SpecParams, SpecState
 
 NAMES = ("data", "model")
 # Logical axis -> mesh axis, for each part. A layout is changed here and nowhere else.
-RULES: dict[str, dict[str, str]] = {
-    "target": {"rows": "data", "vocab": "model", "heads": "model", "kv_heads": "model", "mlp": "model"},
-    "drafter": {"rows": "data"},
-}
+SPLIT = {"rows": "data", "vocab": "model", "heads": "model", "kv_heads": "model", "mlp": "model"}
+TRAINED = "trained drafter"
+RULES: dict[str, dict[str, str]] = {"target": SPLIT, TRAINED: SPLIT, "drafter": {"rows": "data"}}
 # Logical axes of a kernel `[in, out]`, or a table, by its module; a bias has the last. The embedding and the head are
 # split over the vocabulary, not the width: a lookup then adds only zeros and each logit is summed on one device.
 AXES = {
@@ -116,14 +117,27 @@ def spec(*axes: str | None, part: str) -> P:
 
 
 def param_specs(params: Any, part: str = "target") -> Any:
-    """Specs of a transformer's parameters, or of any tree: what is not named in AXES is whole on every device."""
+    """Specs of a transformer's parameters, of a LoRA bank, or of any tree with such leaves, as an optimiser's state.
+
+    What is not named in AXES is whole on every device; axes before those of AXES, as of drafters side by side, are not split.
+    """
 
     def own(path, leaf) -> P:
-        names = [str(getattr(p, "key", p)) for p in path]
-        axes = AXES.get(names[-2], ()) if len(names) > 1 and leaf.ndim else ()
-        return spec(*axes[-leaf.ndim :], part=part) if names[-1] in ("kernel", "bias", "embedding") else P()
+        axes = _axes([str(getattr(p, "key", p)) for p in path])
+        return spec(*[None] * (leaf.ndim - len(axes)), *axes, part=part) if axes else P()
 
     return jax.tree.map_with_path(own, params)
+
+
+def _axes(path: list[str]) -> tuple[str | None, ...]:
+    """Logical axes of a leaf by its path, none where it is whole; an adapter is a pair, a `[in, r]` and b `[r, out]`.
+
+    Of a pair that factor is split on whose side the kernel is, so that the update lies where the kernel's product does; the
+    other, of the width by the rank, is whole.
+    """
+    axes = AXES.get(path[-2], ()) if len(path) > 1 else ()
+    kinds = {"kernel": axes, "embedding": axes, "bias": axes[-1:], "[0]": (*axes[:1], None), "[1]": (None, *axes[1:])}
+    return kinds.get(path[-1], ()) if axes else ()
 
 
 def row_specs(tree: Any, part: str = "drafter") -> Any:
@@ -166,6 +180,12 @@ def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return jax.tree.map(put, tree, shardings(specs, mesh))
+
+
+def gathered(tree: Any) -> Any:
+    """The tree with leaves that every process can read; those split over several processes are gathered by all of them."""
+    here = lambda leaf: leaf.is_fully_addressable or leaf.is_fully_replicated
+    return jax.tree.map(lambda leaf: leaf if here(leaf) else process_allgather(leaf, tiled=True), tree)
 
 
 def over(mesh: Mesh | None) -> Placement:

@@ -14,7 +14,7 @@ import pytest
 from jaxspec import align
 from jaxspec.config import Align
 from jaxspec.packing import as_batch, pack, packed_rows, places
-from jaxspec.store.assembly import curves
+from jaxspec.store.curves import read_curves
 from jaxspec.store.huggingface import read_model
 from jaxspec.store.stages import manifest, read_arrays
 from jaxspec.store.traces import Traces, read_traces
@@ -304,7 +304,7 @@ def test_the_pool_keeps_the_curves_of_every_course_and_each_step_once(finished, 
     said = [("bank", 10, 0.5), ("bank", 20, 0.4), ("bank", 20, 0.3), ("mixed", 10, 0.9)]  # killed and gone on
     lines = [json.dumps({"course": c, "step": s, "loss": [x], "agreement": [1 - x]}) for c, s, x in said]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    found = curves(tmp_path / "metrics.jsonl")
+    found = read_curves(tmp_path / "metrics.jsonl")
     assert found["bank"] == {"step": [10, 20], "loss": [[0.5], [0.3]], "agreement": [[0.5], [0.7]]}
     assert found["mixed"]["step"] == [10]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxspec import training
 from jaxspec.config import Experiment, command_line
 from train import __main__ as pipeline
 from train import align, trace
@@ -76,9 +77,9 @@ def test_a_killed_alignment_goes_on_from_its_checkpoints(finished, preset, out_w
     calls = []
     for number in (3, 4 + 2 + 3):  # between the checkpoints of the trunk, then of mixed_lora
         with monkeypatch.context() as patch:
-            calls.append(interrupt_call(patch, align, "schedule", number))
+            calls.append(interrupt_call(patch, training, "schedule", number))
             killed(capsys, *command)
-    calls.append(interrupt_call(monkeypatch, align, "schedule", NEVER))
+    calls.append(interrupt_call(monkeypatch, training, "schedule", NEVER))
     call(*command)
     assert [own[0][:2] for own in calls] == [(0, 6), (2, 6), (2, 12)]  # a checkpoint every second step
     for name in ("bank.safetensors", "mixed.safetensors", "trunk.safetensors"):

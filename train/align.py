@@ -9,54 +9,32 @@ target runs only to score what drafters in training have written themselves (`--
 one training over the devices of all hosts, which see the same folders and of which the first writes.
 """
 
-import json
-import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from tqdm import tqdm
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxspec import sharding
 from jaxspec.adapters import Whole, init_bank, merge, scaled
-from jaxspec.align import Aligner, AlignState, Batch, aligner, loss_of, optimiser, schedule
+from jaxspec.align import Aligner, aligner, loss_of, optimiser
 from jaxspec.config import Align, Experiment, UserError, command_line, plain
 from jaxspec.forced import log_q
-from jaxspec.packing import as_batch, packed_rows, places
+from jaxspec.packing import packed_rows
 from jaxspec.store.huggingface import Model, read_config, read_model
 from jaxspec.store.models import read_pair
-from jaxspec.store.stages import finish, is_writer, manifest, open_stage, read_arrays, write_json
+from jaxspec.store.stages import finish, is_writer, manifest, open_stage, read_arrays
 from jaxspec.store.traces import Texts, Traces, check_models, read_traces
-from jaxspec.store.trees import Checkpoints, write_tree
+from jaxspec.store.trees import write_tree
+from jaxspec.training import Course, rows_of, trained
+from jaxspec.transformer import abstract
 from jaxspec.writing import Writer
 
 CALIBRATE_ROWS = 8
-LOGITS = 1 << 32  # bytes of logits of the drafters that are trained in one product
-SEARCH_WARMUP = 0.3  # in a short run a high rate would be met before Adam knows its scale
-
-
-class Course(NamedTuple):
-    """One training run: its name, the drafters trained side by side, where rows come from, and how long.
-
-    params: stacked `[D, ...]`; frozen: what all of them share; train, held: rows of each drafter; falls: whether the
-    learning rate ends low, or another run goes on from this one.
-    """
-
-    name: str
-    aligner: Aligner
-    frozen: Any
-    params: Any
-    train: list[list[list[int]]]
-    held: list[list[list[int]]]
-    steps: int
-    rates: tuple[float, ...]
-    falls: bool = True
 
 
 def run(experiment: Experiment) -> None:
@@ -73,12 +51,12 @@ def run(experiment: Experiment) -> None:
     check_models(experiment.out, target=experiment.target, draft=experiment.draft)
     traces = read_traces(experiment.out)
     partition = read_arrays(Path(experiment.out, "partition", "partition.npz"))
-    draft = read_model(experiment.draft, jnp.dtype(experiment.dtype))
+    draft = _in_place(experiment, mesh)
     vocab_size = read_config(experiment.target).vocab_size
     results: dict[str, dict] = {}
     write = writing(experiment, traces, draft, mesh) if experiment.align.on_policy else None
     for course in _courses(experiment, traces, partition, draft, vocab_size, results):
-        results[course.name] = trained(experiment, traces, course, stage.folder, mesh, write)
+        results[course.name] = trained(experiment.align, traces, course, stage.folder, mesh, write)
     params = {name: result.pop("params") for name, result in results.items()}
     best = lambda kind: max((own for own in results if own.startswith(kind)), key=lambda own: results[own]["agreement"])
     bank, mixed = best("bank"), best("mixed")
@@ -89,6 +67,7 @@ def run(experiment: Experiment) -> None:
         "mixed": scaled(params[mixed], scale) if mixed == "mixed_lora" else cast(_only(params[mixed])),
         **({"trunk": cast(_only(params["trunk"]))} if "trunk" in params else {}),
     }
+    trees = sharding.gathered(trees)
     for name, tree in trees.items() if is_writer() else ():
         write_tree(stage.folder / f"{name}.safetensors", tree)
     finish(stage, bank=bank, mixed=mixed, **results)
@@ -98,11 +77,12 @@ def run(experiment: Experiment) -> None:
     print(f"align: the specialists are {bank}, mixed is {mixed}")
 
 
-def check(experiment: Experiment, mesh: Mesh) -> None:
-    """Raises UserError for settings that do not belong together."""
+def check(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
+    """Raises UserError for settings that do not belong together, or that do not fit the drafter or the mesh."""
     spec = experiment.align
     if spec.trunk and round(spec.trunk * spec.steps) == spec.steps:
         raise UserError(f"--align.trunk {spec.trunk} leaves the specialists no step of {spec.steps}; give less than 1")
+    sharding.check(read_config(experiment.draft), mesh, part=sharding.TRAINED)
     sharding.check_rows(spec.rows, mesh, "--align.rows")
     if spec.rows % spec.accumulate:
         raise UserError(
@@ -110,7 +90,7 @@ def check(experiment: Experiment, mesh: Mesh) -> None:
         )
     sharding.check_rows(spec.rows // spec.accumulate, mesh, "a part, --align.rows over --align.accumulate,")
     for name, share in {"on-policy": spec.on_policy, "replay": spec.replay}.items():
-        if share and not _rows_of(spec, share):
+        if share and not rows_of(spec, share):
             raise UserError(
                 f"--align.{name} {share} of --align.rows {spec.rows} is no row; give {1 / spec.rows} or more"
             )
@@ -136,11 +116,6 @@ def check(experiment: Experiment, mesh: Mesh) -> None:
         raise UserError("--align.on-policy needs the target on this host alone; leave --distributed out")
 
 
-def _rows_of(spec: Align, share: float) -> int:
-    """A share of a step's rows."""
-    return round(share * spec.rows)
-
-
 def _mesh(experiment: Experiment) -> Mesh:
     """The mesh asked for; of several hosts all devices, none of which may stand idle."""
     data, model = experiment.mesh.data, experiment.mesh.model
@@ -152,6 +127,13 @@ def _mesh(experiment: Experiment) -> Mesh:
             "give two numbers whose product that is, or leave both out"
         )
     return sharding.make_mesh(data, model)
+
+
+def _in_place(experiment: Experiment, mesh: Mesh) -> Model:
+    """The base drafter, read straight into the layout that it is trained in."""
+    dtype = jnp.dtype(experiment.dtype)
+    specs = sharding.param_specs(abstract(read_config(experiment.draft), dtype), sharding.TRAINED)
+    return read_model(experiment.draft, dtype, sharding.shardings(specs, mesh))
 
 
 def _courses(
@@ -203,7 +185,7 @@ def _courses(
 
 def _replayed(spec: Align, rows: list[list[int]], union: list[list[int]]) -> list[list[int]]:
     """A specialist's rows, of which the first of every step are the union's."""
-    foreign = _rows_of(spec, spec.replay)
+    foreign = rows_of(spec, spec.replay)
     return [other if i % spec.rows < foreign else own for i, (own, other) in enumerate(zip(rows, union, strict=False))]
 
 
@@ -235,7 +217,7 @@ def _full_log_q(draft: Model, vocab_size: int, frozen, params, tokens, segments,
 
 def writing(experiment: Experiment, traces: Traces, draft: Model, mesh: Mesh) -> Callable[..., Texts]:
     """(a course's frozen, its params, which drafter of it, examples, step) -> what that drafter writes, scored."""
-    pair = read_pair(experiment.target, experiment.draft, experiment.dtype, mesh)
+    pair = read_pair(experiment.target, experiment.draft, experiment.dtype, mesh)._replace(draft=draft)
     traced = manifest(experiment.out, "trace")["config"]["trace"]
     placed = {"temperature": traced["temperature"], "rows": traced["batch"], "placement": sharding.over(mesh)}
     writer, scale = Writer(pair, traces, **placed), experiment.align.alpha / experiment.align.rank
@@ -247,155 +229,6 @@ def writing(experiment: Experiment, traces: Traces, draft: Model, mesh: Mesh) ->
         return writer.texts(weights, examples, seed)
 
     return write
-
-
-def trained(
-    experiment: Experiment, traces: Traces, course: Course, folder: Path, mesh: Mesh, write: Callable | None
-) -> dict:
-    """Trains; where tokens are selected, once on all of them before, which makes the reference and finds the rate.
-
-    AdaSPEC trains its reference likewise from where the drafter starts. From a reference that is that start, the base or the
-    trunk, only tokens that have become worse would stand out. A trunk, from which others go on, sees all tokens.
-    """
-    train = partial(_train, experiment, traces, folder=folder, mesh=mesh, write=write)
-    if experiment.align.select == 1 or not course.falls:
-        return train(course)
-    first = train(course._replace(name=f"{course.name}_reference"))
-    return train(course._replace(rates=(first["learning_rate"],)), reference=first["params"])
-
-
-def _train(
-    experiment: Experiment,
-    traces: Traces,
-    course: Course,
-    *,
-    folder: Path,
-    mesh: Mesh,
-    write: Callable | None,
-    reference: Any = None,
-) -> dict:
-    """Chooses the learning rate, trains, and says what the calibrate split thinks of it; resumes where it was killed."""
-    spec, started = experiment.align, time.time()
-    course = course._replace(frozen=_whole(course.frozen, mesh), params=_whole(course.params, mesh))
-    room = places(traces, [row for rows in [*course.train, *course.held] for row in rows], spec.row_tokens)
-    side_by_side = jax.jit(partial(_each, course.aligner.step), donate_argnums=1)
-    evaluate = jax.jit(partial(_each_evaluate, course.aligner.evaluate))
-    pack = partial(as_batch, traces, row_tokens=spec.row_tokens, room=room)
-    groups = range(0, len(course.held[0]), spec.rows)
-    held = [_stack([pack(own[at : at + spec.rows]) for own in course.held], mesh) for at in groups]
-
-    def judge(params) -> tuple[float, float]:
-        sums = np.sum([jax.device_get(evaluate(course.frozen, params, batch)) for batch in held], axis=0)
-        divergence, agreement, count = sums  # [D] each
-        return float((divergence / count).mean()), float((agreement / count).mean())
-
-    feed = _feeding(spec, traces, course, room, mesh, write)
-
-    def advance(state: AlignState, step: int, rate):
-        return side_by_side(course.frozen, state, feed(step, state.params), rate, reference)
-
-    before = judge(course.params)
-    fresh = lambda: _whole(_fresh(course), mesh)
-    rate = _choose_rate(course, spec.search_steps, fresh, advance, judge, folder)
-    checkpoints = Checkpoints(folder / "checkpoints" / course.name)
-    done, state = checkpoints.latest(fresh())
-    progress = tqdm(total=course.steps, initial=done, desc=course.name, disable=not is_writer())
-    with open(folder / "metrics.jsonl" if is_writer() else os.devnull, "a") as log, progress as bar:
-        for step in range(done, course.steps):
-            now = schedule(step, course.steps, rate, spec.warmup, falls=course.falls)
-            state, metrics = advance(state, step, now)
-            if (step + 1) % 10 == 0 or step + 1 == course.steps:
-                said = {name: [round(float(x), 4) for x in value] for name, value in metrics.items()}
-                log.write(json.dumps({"course": course.name, "step": step + 1, **said}) + "\n")
-                bar.set_postfix(loss=f"{np.mean(said['loss']):.3f}", agreement=f"{np.mean(said['agreement']):.3f}")
-            if (step + 1) % spec.checkpoint_every == 0:
-                checkpoints.save(step + 1, state)
-            bar.update()
-    checkpoints.close()
-    divergence, agreement = judge(state.params)
-    figures = {"before": before[1], "agreement": agreement, "divergence": divergence, "learning_rate": rate}
-    cost = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)), "seconds": time.time() - started}
-    return {**figures, "steps": course.steps, **cost, "params": state.params}
-
-
-def _choose_rate(course: Course, steps: int, fresh, advance, judge, folder: Path) -> float:
-    """The candidate whose short run, cooled down at its end, leaves the smallest divergence on the calibrate split."""
-    file = folder / f"rate-{course.name}.json"
-    if file.exists():
-        return json.loads(file.read_text())["chosen"]
-    if len(course.rates) == 1:
-        return course.rates[0]
-    scores = {}
-    for rate in tqdm(course.rates, desc=f"{course.name}: learning rate", leave=False):
-        state = fresh()
-        for step in range(min(steps, course.steps)):
-            state, _ = advance(state, step, schedule(step, steps, rate, SEARCH_WARMUP))
-        scores[rate] = judge(state.params)[0]
-    chosen = min(scores, key=scores.__getitem__)
-    if is_writer():
-        write_json(file, {"chosen": chosen, "divergence": {str(rate): score for rate, score in scores.items()}})
-    return chosen
-
-
-def _fresh(course: Course) -> AlignState:
-    return jax.vmap(course.aligner.init)(jax.tree.map(jnp.copy, course.params))
-
-
-def _whole(tree: Any, mesh: Mesh) -> Any:
-    return sharding.place(tree, sharding.param_specs(tree, "drafter"), mesh)
-
-
-def _each(step: Callable, frozen, state: AlignState, batch: Batch, rate, reference):
-    """One step of every drafter."""
-    one = lambda own: step(frozen, own[0], own[1], rate, own[2])
-    return jax.lax.map(one, (state, batch, reference), batch_size=_together(batch, frozen or state.params))
-
-
-def _each_evaluate(evaluate: Callable, frozen, params, batch: Batch):
-    one = lambda own: evaluate(frozen, own[0], own[1])
-    return jax.lax.map(one, (params, batch), batch_size=_together(batch, frozen or params))
-
-
-def _together(batch: Batch, weights: Any) -> int | None:
-    """Drafters in one product: on accelerators, which small ones do not fill, as many as have logits of 4 GB, else one."""
-    if jax.default_backend() == "cpu":
-        return None
-    places, vocab_size = batch.at[0].size, weights["embed"]["embedding"].shape[-2]
-    return max(1, min(len(batch.tokens), LOGITS // (4 * places * vocab_size)))
-
-
-def _feeding(
-    spec: Align, traces: Traces, course: Course, room: int, mesh: Mesh, write: Callable | None
-) -> Callable[[int, Any], Batch]:
-    """(step, params) -> the step's batch: stored texts, and in its last rows what the drafters now say to those prompts.
-
-    They say it anew every `spec.refresh` steps; steps are fed in order from one at which they do.
-    """
-    pack = partial(as_batch, row_tokens=spec.row_tokens, room=room)
-    stored = spec.rows - _rows_of(spec, spec.on_policy)
-    given = lambda plan, step: plan[step * spec.rows : step * spec.rows + stored]
-    asked = lambda plan, step: plan[step * spec.rows + stored : (step + 1) * spec.rows]
-    said: list[tuple[dict[int, int], Texts]] = []
-
-    def feed(step: int, params) -> Batch:
-        batches = [pack(traces, given(plan, step)) for plan in course.train]
-        if write and step % spec.refresh == 0:
-            upto = range(step, min(step + spec.refresh, course.steps))
-            wanted = [sorted({i for now in upto for row in asked(plan, now) for i in row}) for plan in course.train]
-            texts = (write(course.frozen, params, drafter, own, step) for drafter, own in enumerate(wanted))
-            said[:] = [({i: n for n, i in enumerate(own)}, new) for own, new in zip(wanted, texts, strict=True)]
-        for drafter, (place, texts) in enumerate(said):
-            rows = [[place[i] for i in row] for row in asked(course.train[drafter], step)]
-            batches[drafter] = jax.tree.map(lambda *leaves: np.concatenate(leaves), batches[drafter], pack(texts, rows))
-        return _stack(batches, mesh)
-
-    return feed
-
-
-def _stack(batches: list[Batch], mesh: Mesh) -> Batch:
-    """Batches of several drafters, `[D, R, ...]`, in their place."""
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-    return sharding.place(stacked, sharding.column_specs(stacked, mesh), mesh)
 
 
 if __name__ == "__main__":

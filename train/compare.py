@@ -34,6 +34,7 @@ from jaxspec.store.stages import finish, manifest, open_stage, write_json
 from jaxspec.store.traces import Traces, read_traces, split_of
 from jaxspec.store.trees import read_tree, write_tree
 from jaxspec.target import lm_target
+from jaxspec.training import Course, trained
 from jaxspec.types import Placement
 from train import align, trace
 
@@ -117,7 +118,7 @@ def _cell(comparison: Comparison, pair: Pair, divergence: str, source: str) -> d
 
 
 def _aligned(experiment: Experiment, pair: Pair, folder: Path) -> dict:
-    """What `align.trained` says of a full fine-tune on the union."""
+    """What `trained` says of a full fine-tune on the union."""
     traces, spec = read_traces(experiment.out), experiment.align
     mesh = sharding.make_mesh(experiment.mesh.data, experiment.mesh.model)
     align.check(experiment, mesh)
@@ -129,9 +130,9 @@ def _aligned(experiment: Experiment, pair: Pair, folder: Path) -> dict:
     masters = jax.tree.map(lambda leaf: leaf[None].astype(jnp.float32), pair.draft.params)
     aligner = align.full_fine_tune(experiment, pair.draft, pair.vocab_size)
     train, held = [rows(0, spec.steps * spec.rows)], [rows(1, HELD)]
-    course = align.Course("cell", aligner, (), masters, train, held, spec.steps, spec.full_learning_rates)
+    course = Course("cell", aligner, (), masters, train, held, spec.steps, spec.full_learning_rates)
     write = align.writing(experiment, traces, pair.draft, mesh) if spec.on_policy else None
-    return align.trained(experiment, traces, course, folder, mesh, write)
+    return trained(spec, traces, course, folder, mesh, write)
 
 
 def _asked(comparison: Comparison, pair: Pair, outside: Sequence[Line]) -> Asked:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxspec import router, sharding, shift
 from jaxspec.config import Experiment
 from jaxspec.replay import Known, bounded_by_task
+from jaxspec.store.curves import read_curves
 from jaxspec.store.models import read_pair
 from jaxspec.store.pool import BANK, MIXED, NORMAL, POINTS, REPLAY, ROUTER, TEST, TRUNK_FILE, Pool, known_pool
 from jaxspec.store.stages import manifest, write_arrays, write_whole
@@ -54,7 +55,7 @@ def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
         "fallback_below": experiment.router.fallback_below,
         "max_new_tokens": experiment.trace.max_new_tokens,
         "max_prompt_tokens": experiment.trace.max_prompt_tokens,
-        "curves": curves(Path(experiment.out, "align", "metrics.jsonl")),
+        "curves": read_curves(Path(experiment.out, "align", "metrics.jsonl")),
     }
 
 
@@ -102,18 +103,6 @@ def _trained(results: dict) -> dict[str, dict[str, Any]] | None:
     if not all("seconds" in own for own in known.values()):
         return None
     return {part: {key: own[key] for key in ("parameters", "seconds")} for part, own in known.items()}
-
-
-def curves(file: Path) -> dict[str, dict[str, list]]:
-    """Of every course of alignment `step`, and at each of them `loss` and `agreement` of its drafters."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    last = {(line["course"], line["step"]): line for line in lines}  # a killed run has said some steps twice
-    found: dict[str, dict[str, list]] = {}
-    for line in last.values():
-        own = found.setdefault(line["course"], {"step": [], "loss": [], "agreement": []})
-        for name, column in own.items():
-            column.append(line[name])
-    return found
 
 
 def _labels(traces: Traces, partition: dict, tasks: int) -> list[str | None]:
