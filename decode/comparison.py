@@ -1,15 +1,18 @@
 """Pools side by side, of several benches or rivals in one: what a larger drafter, more tasks or longer training bring."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from decode.drawing import COLOURS, EDGE, INK, MARKERS, Bench, cell, legend
 
-METHODS = ("base", "mixed", "routed")
+METHODS = ("base", "mixed", "routed", "chosen")
 MEASURES = {
     "tokens_per_second": "Tokens per second",
     "speedup_vs_autoregressive": "Speedup against autoregressive",
@@ -28,6 +31,8 @@ SETTINGS = {
     "temperature": "temperature",
     "commit": "commit",
 }
+BESIDE = 9  # points between methods of one place
+LARGE = EDGE | {"markersize": 10}
 AXES = {"drafter_parameters": ("drafter's parameters, millions", 1e-6), "num_tasks": ("number of tasks", 1)}
 
 
@@ -82,28 +87,50 @@ def draw(compared: Sequence[Compared]) -> Figure | None:
     """Every measure against the drafter's size and the number of tasks; a pool is a number, None where none can be placed."""
     if not any(one.settings[x] is not None and one.figures for one in compared for x in AXES):
         return None
-    figure = Figure(figsize=(9.5, 1.2 + 2.6 * len(MEASURES)), layout="constrained")
+    figure = Figure(figsize=(9.5, 1.2 + 3.0 * len(MEASURES)), layout="constrained")
     panels = figure.subplots(len(MEASURES), len(AXES), sharex="col", sharey="row", squeeze=False)
     for row, (measure, heading) in zip(panels, MEASURES.items(), strict=True):
         row[0].set_ylabel(heading)
         for panel, (x, (_, scale)) in zip(row, AXES.items(), strict=True):
             _points(panel, compared, measure, x, scale)
-    for panel, (x, (label, _)) in zip(panels[-1], AXES.items(), strict=True):
+    for panel, (x, (label, scale)) in zip(panels[-1], AXES.items(), strict=True):
         panel.set_xlabel(label)
-        panel.xaxis.set_major_locator(MaxNLocator(6, integer=x == "num_tasks"))
-    legend(figure, panels[0, 0].lines[: len(METHODS)], list(METHODS), loc="outside upper center")
+        _ticks(panel, sorted({one.settings[x] * scale for one in compared if one.settings[x] is not None}))
+    lines = {method: line for method, line in zip(METHODS, panels[0, 0].lines, strict=False)}
+    measured = [method for method in METHODS if any(method in one.figures for one in compared)]
+    legend(figure, [lines[method] for method in measured], measured, loc="outside upper center")
     return figure
 
 
+def _ticks(panel: Axes, there: list[float]) -> None:
+    """The pools' own values, where they are few and lie apart."""
+    apart = all(right - left > 0.12 * (there[-1] - there[0]) for left, right in itertools.pairwise(there))
+    if 0 < len(there) <= 6 and apart:
+        panel.set_xticks(there, [f"{value:.3g}" for value in there])
+    else:
+        panel.xaxis.set_major_locator(MaxNLocator(6))
+
+
 def _points(panel: Axes, compared: Sequence[Compared], measure: str, x: str, scale: float) -> None:
-    for method, marker in zip(METHODS, MARKERS, strict=False):
+    """A point a pool and method with the pool's number in it; methods stand side by side where their pool has its place."""
+    for beside, (method, marker) in enumerate(zip(METHODS, MARKERS, strict=False)):
         value = lambda one, method=method: one.figures.get(method, {}).get(measure)
         at = [i for i, one in enumerate(compared) if one.settings[x] is not None and value(one) is not None]
         across, up = [compared[i].settings[x] * scale for i in at], [value(compared[i]) for i in at]
-        panel.plot(across, up, linestyle="none", marker=marker, color=COLOURS[method], **EDGE)
+        aside = BESIDE * (beside - (len(METHODS) - 1) / 2)
+        (points,) = panel.plot(across, up, linestyle="none", marker=marker, color=COLOURS[method], **LARGE)
+        # Moved afterwards, so that the panel's limits are those of the data.
+        points.set_transform(panel.transData + ScaledTranslation(aside / 72, 0, panel.get_figure().dpi_scale_trans))
         for i, place in zip(at, zip(across, up, strict=True), strict=True):
-            panel.annotate(str(i + 1), place, (5, 0), textcoords="offset points", fontsize=8, color=INK, va="center")
+            where = {"xytext": (aside, 0), "textcoords": "offset points", "ha": "center", "va": "center_baseline"}
+            panel.annotate(str(i + 1), place, **where, fontsize=7, color=_readable(COLOURS[method]))
     panel.margins(0.12)
     panel.grid(axis="y")
     if measure.startswith("speedup"):
         panel.axhline(1.0, color=INK, linewidth=1, linestyle="--")
+
+
+def _readable(colour: str) -> str:
+    """The colour of letters on that one."""
+    red, green, blue = to_rgb(colour)
+    return "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"

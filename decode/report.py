@@ -8,7 +8,6 @@ More files add a section in which their pools are compared; the rest of the page
 
 import base64
 import html
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,42 +16,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import matplotlib.style
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from decode import comparison, scaling
 from decode.comparison import Compared
-from decode.drawing import COLOURS, EDGE, INK, MARKERS, MUTED, STYLE, Bench, cell, legend, png, short
+from decode.drawing import Bench, cell
+from decode.plots import COMPARED, MEASURES, Plots, draw, groups_of, methods_of
 from jaxspec.config import UserError, command_line
-
-Plots = dict[str, bytes | None]
+from jaxspec.store.curves import FIELDS, HELD
 
 DASH = "—"
-# Field -> (heading, decimals). None keeps six digits: one differing text in ten thousand must not round to none.
-MEASURES = {
-    "draft_accuracy": ("Draft accuracy", 3),
-    "speedup_vs_autoregressive": ("Speedup against autoregressive", 2),
-    "speedup_vs_base": ("Speedup against base", 2),
-    "draft_acceptance_rate": ("Draft acceptance rate, all K of the last block counted", 3),
-    "mean_acceptance_length": ("Mean acceptance length, tokens per target call", 2),
-    "equal_to_autoregressive": ("Equal to autoregressive decoding of the same width", None),
-    "equal_to_fastest_autoregressive": ("Equal to autoregressive decoding of the fastest width", None),
-    "prompts": ("Prompts", 0),
-    "tokens": ("Tokens", 0),
-    "seconds": ("Seconds", 2),
-    "prefill_seconds": ("Seconds of prefill", 2),
-    "decode_seconds": ("Seconds of decoding", 2),
-}
 # What a part must hold as lists, if it is there.
 NEEDED = {"confusion": ("tasks", "drafters", "counts"), "clusters": ("points", "cluster", "names")}
-COMPARED = "pools_compared"
 CHECKS = {"throughput": scaling.check_throughput, "growth": scaling.check_growth}
 CONDITIONS = {"target": "target ", "device": "", "dtype": "", "batch": "batch ", "num_speculative_tokens": "K = "}
 CONDITIONS |= {"temperature": "temperature ", "commit": "commit "}
-CURVES = ("step", "loss", "agreement")
 SETTINGS = {"pool": "pool ", "autoregressive_width": "autoregressive baseline of width "}
 SETTINGS |= {"max_new_tokens": "longest completion in tokens ", "passes": "passes "}
 CSS = """
@@ -140,7 +118,7 @@ def _check_parts(path: Path, bench: Bench) -> None:
         if part and not (_is_table(part) if name == "confusion" else _are_points(part)):
             raise UserError(f"--bench {path}: the lists in {name} do not belong together; run decode.bench again")
     for name, own in (bench.get("curves") or {}).items():
-        if not isinstance(own, dict) or not _are_curves(own):
+        if not _are_curves(own):
             raise UserError(f"--bench {path}: the curves of {name} do not belong together; run decode.bench again")
 
 
@@ -152,9 +130,12 @@ def _is_table(confusion: Bench) -> bool:
     )
 
 
-def _are_curves(course: Bench) -> bool:
-    columns = [own for key in CURVES if isinstance(own := course.get(key), list)]
-    return len(columns) == len(CURVES) and len({len(own) for own in columns}) == 1
+def _are_curves(course: Any) -> bool:
+    if not isinstance(course, dict):
+        return False
+    columns = [own for key in ("step", *FIELDS) if isinstance(own := course.get(key), list)]
+    alike = len(columns) == 1 + len(FIELDS) and len({len(own) for own in columns}) == 1
+    return alike and (HELD not in course or _are_curves(course[HELD]))
 
 
 def _are_points(clusters: Bench) -> bool:
@@ -163,27 +144,6 @@ def _are_points(clusters: Bench) -> bool:
     there = len(clusters["cluster"]) == number and all(own in known for own in clusters["cluster"])
     labels = clusters.get("task") or []
     return there and len(labels) in (0, number) and all(np.shape(point) == (2,) for point in clusters["points"])
-
-
-def draw(bench: Bench, compared: Sequence[Compared] = (), scaled: Mapping[str, Bench] = MappingProxyType({})) -> Plots:
-    """Every plot by name, as the bytes of a PNG; None where the bench has nothing to draw."""
-    router = bench.get("router") or {}
-    with matplotlib.style.context(["default", STYLE]):
-        figures = {
-            "draft_accuracy": _bars(bench, ["draft_accuracy"]),
-            "speedup": _bars(bench, ["speedup_vs_autoregressive", "speedup_vs_base"]),
-            "acceptance_by_position": _positions(bench),
-            "router_confusion": _confusion(router.get("confusion")),
-            "clusters": _clusters(bench.get("clusters")),
-            "training": _training(bench.get("curves")),
-        }
-        if len(compared) > 1:
-            figures[COMPARED] = comparison.draw(compared)
-        if "throughput" in scaled:
-            figures["throughput"] = scaling.draw_throughput(scaled["throughput"])
-        if "growth" in scaled:
-            figures["growth"] = scaling.draw_growth(scaled["growth"])
-        return {name: figure and png(figure) for name, figure in figures.items()}
 
 
 def page(
@@ -195,9 +155,12 @@ def page(
     """The report as one HTML document that refers to nothing outside itself."""
     accuracy, over_autoregressive, over_base, *others = (_table(bench, field) for field in MEASURES)
     gain = "Wall clock, prefill and routing included; the dashed line is no gain."
-    share = "Share accepted at each position of the block."
+    share = "Share accepted at each position of the block; a curve ends where no task had any more accepted."
     counts = "A row holds a task's prompts: colour is the share sent to each drafter, the number is the count."
-    learnt = "Alignment step by step on its training rows: the mean of a course's drafters, and each of several thinly."
+    learnt = (
+        "Alignment step by step on its training rows: the mean of a course's drafters, and each of several thinly. Dashed is "
+        "their mean on texts that no drafter is trained on, where it was measured. Agreement is with the target's tokens."
+    )
     points = "Prompts in two dimensions; a second panel, if any, shows labels that the clustering never saw."
     parts = [
         f"<h1>Speculative decoding report</h1><p>{_facts(bench, CONDITIONS)}<br>{_facts(bench, SETTINGS)}</p>",
@@ -215,136 +178,6 @@ def page(
     head = f'<meta charset="utf-8"><title>Speculative decoding report</title><style>{CSS}</style>'
     body = "\n".join(filter(None, parts))
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
-
-
-def _bars(bench: Bench, fields: list[str]) -> Figure | None:
-    fields = [field for field in fields if _methods(bench, field)]
-    if not fields:
-        return None
-    groups = [name for name, _ in _groups(bench)]
-    methods = list(dict.fromkeys(m for field in fields for m in _methods(bench, field)))
-    width = min(18.0, max(7.0, 1.5 + 1.15 * len(groups)))
-    figure = Figure(figsize=(width, 1.2 + 3.0 * len(fields)), layout="constrained")
-    axes = figure.subplots(len(fields), squeeze=False, sharex=True)[:, 0]
-    for axis, field in zip(axes, fields, strict=True):
-        _grouped_bars(axis, bench, methods, field)
-        axis.set(ylabel=MEASURES[field][0], xlim=(-0.6, len(groups) - 0.4))
-        _name_columns(axis, groups)
-    legend(figure, axes[0].containers, methods, loc="outside upper center")
-    return figure
-
-
-def _grouped_bars(axis: Axes, bench: Bench, methods: list[str], field: str) -> None:
-    rows, width, colours = [row for _, row in _groups(bench)], 0.84 / len(methods), _colours(bench)
-    for i, method in enumerate(methods):
-        left = np.arange(len(rows)) - 0.42 + i * width
-        heights = np.array([cell(row, method, field) for row in rows], float)
-        axis.bar(left, heights, width, align="edge", color=colours[method], edgecolor=INK, linewidth=0.4)
-    axis.grid(axis="y")
-    if field.startswith("speedup"):
-        axis.axhline(1.0, color=INK, linewidth=1, linestyle="--")
-
-
-def _positions(bench: Bench) -> Figure | None:
-    field = "acceptance_by_position"
-    methods = _methods(bench, field)
-    groups = [(name, row) for name, row in _groups(bench) if any(cell(row, m, field) for m in methods)]
-    if not groups:
-        return None
-    across, down = min(3, len(groups)), math.ceil(len(groups) / 3)
-    figure = Figure(figsize=(max(7.0, 3.6 * across), 1.0 + 2.6 * down), layout="constrained")
-    panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
-    for panel, (name, row) in zip(panels, groups, strict=False):
-        _curves(panel, {method: cell(row, method, field) or [] for method in methods}, _colours(bench))
-        panel.set_title(short(name), fontsize=10)
-    for panel in panels[len(groups) :]:
-        panel.set_axis_off()
-    figure.supxlabel("position in the block", fontsize=10)
-    figure.supylabel("share accepted", fontsize=10)
-    legend(figure, panels[0].lines, methods, loc="outside upper center")
-    return figure
-
-
-def _curves(panel: Axes, shares: dict[str, list[float]], colours: dict[str, str]) -> None:
-    for method, marker in zip(shares, itertools.cycle(MARKERS), strict=False):
-        heights = np.array(shares[method], float)
-        panel.plot(np.arange(1, len(heights) + 1), heights, color=colours[method], marker=marker, **EDGE)
-    longest = max(map(len, shares.values()))
-    panel.set(xlim=(0.7, longest + 0.3), ylim=(-0.03, 1.03))
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    panel.grid(axis="y")
-
-
-def _confusion(confusion: Bench | None) -> Figure | None:
-    if not confusion or not np.size(confusion["counts"]):
-        return None
-    counts = np.array(confusion["counts"])
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    down, across = counts.shape
-    figure = Figure(figsize=(max(5.5, 3.2 + 0.75 * across), max(3.0, 2.0 + 0.5 * down)), layout="constrained")
-    axis = figure.subplots()
-    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for (i, j), share in np.ndenumerate(shares):
-        axis.text(j, i, str(counts[i, j]), ha="center", va="center", color="white" if share > 0.5 else "black")
-    axis.set(xlabel="drafter chosen", ylabel="task of the prompt")
-    _name_columns(axis, confusion["drafters"])
-    axis.set_yticks(range(down), [short(name) for name in confusion["tasks"]])
-    figure.colorbar(image, label="share of the task's prompts")
-    return figure
-
-
-def _clusters(clusters: Bench | None) -> Figure | None:
-    if not clusters or not clusters["points"]:
-        return None
-    points, names = np.array(clusters["points"], float), clusters["names"]
-    panels = {"cluster found": ([names[i] for i in clusters["cluster"]], names)}
-    if any(clusters.get("task") or []):
-        labels = [task or "no label" for task in clusters["task"]]
-        panels["hidden label"] = (labels, sorted(set(labels)))
-    figure = Figure(figsize=(max(7.0, 6.2 * len(panels)), 6.4), layout="constrained")
-    for axis, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        axis.set(title=title, xticks=[], yticks=[])
-        _scatter(axis, points, *panels[title])
-    return figure
-
-
-def _training(curves: Bench | None) -> Figure | None:
-    if not curves:
-        return None
-    figure = Figure(figsize=(9.0, 6.4), layout="constrained")
-    panels = figure.subplots(2, 1, sharex=True)
-    for panel, field in zip(panels, CURVES[1:], strict=True):
-        for own, colour in zip(curves.values(), itertools.cycle(MUTED), strict=False):
-            heights = np.array(own[field], float)
-            panel.plot(own["step"], heights.mean(1), color=colour, linewidth=2)
-            if heights.shape[1] > 1:
-                panel.plot(own["step"], heights, color=colour, linewidth=0.6, alpha=0.4)
-        panel.set(ylabel=field)
-        panel.grid(axis="y")
-    panels[1].set(xlabel="step")
-    legend(
-        figure,
-        [line for line in panels[0].lines if line.get_linewidth() == 2],
-        list(curves),
-        loc="outside upper center",
-    )
-    return figure
-
-
-def _scatter(axis: Axes, points: np.ndarray, labels: list[str], names: list[str]) -> None:
-    for name, colour, marker in zip(names, itertools.cycle(MUTED), itertools.cycle(MARKERS), strict=False):
-        chosen = points[np.array(labels) == name]
-        axis.scatter(*chosen.T, s=20, color=colour, marker=marker, linewidths=0.3, edgecolors=INK)
-    legend(axis, axis.collections, names, loc="upper center", bbox_to_anchor=(0.5, -0.01), fontsize=9)
-
-
-def _name_columns(axis: Axes, names: list[str]) -> None:
-    labels = [short(name) for name in names]
-    axis.set_xticks(range(len(labels)), labels)
-    room = axis.get_window_extent().width / len(labels)
-    if 8.6 * max(map(len, labels)) > room:  # a letter takes about that many pixels
-        for label in axis.get_xticklabels():
-            label.set(rotation=30, ha="right", rotation_mode="anchor")
 
 
 def _section(bench: Bench, plots: Plots, name: str, title: str, reading: str) -> str:
@@ -365,8 +198,8 @@ def _pools(plots: Plots, compared: Sequence[Compared]) -> str:
     if len(compared) < 2:
         return ""
     reading = (
-        "Means over tasks; a number is a pool of the table. Tokens per second compare pools that one process has "
-        "measured, speedups those of several."
+        "Means over tasks; a number is a pool of the table, whose methods stand side by side at its place. Tokens per second "
+        "compare pools that one process has measured, speedups those of several."
     )
     several = {field: " / ".join({str(one.settings.get(field)): "" for one in compared}) for field in CONDITIONS}
     facts = _facts({field: said for field, said in several.items() if said != "None"}, CONDITIONS)
@@ -421,8 +254,8 @@ def _facts(bench: Bench, labels: dict[str, str]) -> str:
 
 def _table(bench: Bench, field: str) -> str:
     heading, decimals = MEASURES[field]
-    methods = _methods(bench)
-    groups = [[name, *(_number(cell(row, m, field), decimals) for m in methods)] for name, row in _groups(bench)]
+    methods = methods_of(bench)
+    groups = [[name, *(_number(cell(row, m, field), decimals) for m in methods)] for name, row in groups_of(bench)]
     return _html_table(heading, ["task", *methods], groups)
 
 
@@ -448,25 +281,6 @@ def _number(value: float | None, decimals: int | None) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.6g}" if decimals is None else f"{value:.{decimals}f}"
-
-
-def _groups(bench: Bench) -> list[tuple[str, Bench]]:
-    """What a table's row and a plot's group stand for: the tasks in their order, then their mean."""
-    mean = bench.get("mean")
-    return [*(bench.get("tasks") or {}).items(), *([("mean", mean)] if mean else [])]
-
-
-def _methods(bench: Bench, field: str | None = None) -> list[str]:
-    """The methods with a number for `field` in any group, in the order of `COLOURS`, unknown ones last."""
-    rows = [row for _, row in _groups(bench)]
-    seen = dict.fromkeys(m for row in rows for m in row if field is None or cell(row, m, field) is not None)
-    order = list(COLOURS)
-    return sorted(seen, key=lambda method: order.index(method) if method in order else len(order))
-
-
-def _colours(bench: Bench) -> dict[str, str]:
-    spare = itertools.cycle(MUTED)
-    return {method: COLOURS.get(method) or next(spare) for method in _methods(bench)}
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Where arrays live: the only file that knows that a mesh has axes named data and model.
 
 Rows are split over `data`. The target is tensor-parallel over `model`, and so is a drafter in training, whose float32 masters,
-gradients and moments take eight times the bytes of its weights in bfloat16; drafters that draft, small as they are, are whole on
-every device. Library functions never say where: arguments are placed, `jit` follows them, and a program that is fed its own
+gradients and moments are eight times its weights' bytes in bfloat16; drafters that draft, small as they are, are whole on every
+device. Library functions never say where: arguments are placed, `jit` follows them, and a program that is fed its own
 output names its layout with `shardings`, so that the layout, and with it the program, stays the same.
 """
 

@@ -1,7 +1,7 @@
 """One training run of alignment: drafters side by side over a mesh, from the choice of a learning rate to the last step.
 
-Weights and optimiser state are split as `sharding` says, and stay so: the step's program names the layout of what it is fed again.
-A run leaves its curves, on its own rows and on those held out, and goes on where it was killed.
+Weights and optimiser state are split as `sharding` says, and stay so: the step's program names the layout of what it is fed
+again. A run leaves its curves, on its own rows and on those held out, and goes on where it was killed.
 """
 
 import json

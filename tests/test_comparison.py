@@ -7,11 +7,12 @@ import pytest
 from test_report import Page, leave_with_two, make_bench
 
 from decode import comparison, report
+from decode.drawing import COLOURS
 
 SIZES = {"small.json": (1_400_000, 8), "large.json": (5_000_000, 4)}
 
 
-def sized(parameters, num_tasks, *, methods=("autoregressive", "base", "mixed", "routed"), **said):
+def sized(parameters, num_tasks, *, methods, **said):
     """A bench that says what its pool is; each has other numbers."""
     bench = make_bench(methods=methods) | {"drafter_parameters": parameters, "num_tasks": num_tasks}
     for row in bench["mean"].values():
@@ -22,7 +23,8 @@ def sized(parameters, num_tasks, *, methods=("autoregressive", "base", "mixed", 
 @pytest.fixture
 def benches():
     """Two files, the second with a rival."""
-    small, large = (sized(*size) for size in SIZES.values())
+    small = sized(*SIZES["small.json"], methods=("autoregressive", *comparison.METHODS))
+    large = sized(*SIZES["large.json"], methods=("autoregressive", "base", "mixed", "routed"))
     large["mean"] |= {"paper": small["mean"]["mixed"], "paper/base": small["mean"]["routed"]}
     large["rivals"] = {"paper": {"drafter_parameters": 900_000, "num_tasks": 2, "training": None}}
     return {"small.json": small, "large.json": large}
@@ -42,7 +44,9 @@ def expected(benches):
         ((5.0, 4), large, own),
         ((0.9, 2), large, {"base": "paper/base", "routed": "paper"}),
     ]
-    return [(*x, {method: figures_of(bench, row) for method, row in named.items()}) for x, bench, named in rows]
+    there = lambda bench, named: {method: row for method, row in named.items() if row in bench["mean"]}
+    figures = lambda bench, named: {method: figures_of(bench, row) for method, row in there(bench, named).items()}
+    return [(*x, figures(bench, named)) for x, bench, named in rows]
 
 
 def write(folder, benches):
@@ -71,9 +75,23 @@ def test_points_stand_where_the_figures_are(benches):
             for method, line in zip(comparison.METHODS, panel.lines, strict=False):
                 there = [(own[x], own[2][method][measure]) for own in expected(benches) if method in own[2]]
                 np.testing.assert_allclose(line.get_xydata(), there)
-                assert line.get_color() == report.COLOURS[method]
+                assert line.get_color() == COLOURS[method]
     numbers = [text.get_text() for text in panels[0, 0].texts]
-    assert numbers == ["1", "2", "3", "1", "2", "1", "2", "3"]
+    assert numbers == ["1", "2", "3", "1", "2", "1", "2", "3", "1"]
+
+
+def test_methods_of_a_pool_stand_apart_and_only_those_measured_are_named(benches):
+    figure = comparison.draw(comparison.pools(benches))
+    figure.draw_without_rendering()
+    first = [line.get_transform().transform(line.get_xydata())[0, 0] for line in figure.axes[0].lines]
+    steps = np.diff(first) / figure.dpi * 72
+    np.testing.assert_allclose(steps, comparison.BESIDE)
+    large = figure_of(benches, "large.json")
+    assert [text.get_text() for text in large.legends[0].get_texts()] == ["base", "mixed", "routed"]
+
+
+def figure_of(benches, name):
+    return comparison.draw(comparison.pools({name: benches[name]}))
 
 
 def test_the_rest_of_the_page_is_about_the_first_bench(benches, tmp_path):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from decode import report
+from decode import plots, report
+from decode.drawing import COLOURS
 from jaxspec.config import UserError
 
 METHODS = ["autoregressive", "base", "mixed", "routed", "random", "wrong", "oracle"]
@@ -107,8 +108,8 @@ def read_page(bench):
 def draw_figures(bench, monkeypatch):
     """The figures before they become pixels, laid out."""
     figures = []
-    monkeypatch.setattr(report, "png", lambda figure: figures.append(figure) or figure.draw_without_rendering())
-    report.draw(bench)
+    monkeypatch.setattr(plots, "png", lambda figure: figures.append(figure) or figure.draw_without_rendering())
+    plots.draw(bench)
     return figures
 
 
@@ -196,9 +197,9 @@ def test_null_is_a_dash_and_never_a_bar(monkeypatch):
 )
 def test_a_part_that_is_null_costs_its_own_plot_only(part, lost):
     bench = make_bench() | {part: None}
-    plots = report.draw(bench)
-    assert [name for name, picture in plots.items() if picture is None] == lost
-    assert [name for name in PLOTS if f"{name}.png" in report.page(bench, plots)] == lost
+    drawn = plots.draw(bench)
+    assert [name for name, picture in drawn.items() if picture is None] == lost
+    assert [name for name in PLOTS if f"{name}.png" in report.page(bench, drawn)] == lost
 
 
 def test_any_condition_may_be_null():
@@ -230,11 +231,11 @@ def test_bars_are_as_high_as_the_numbers(monkeypatch):
 
 
 def test_a_method_has_its_own_colour_whoever_stands_beside_it():
-    plots = {len(chosen): report.draw(make_bench(methods=chosen)) for chosen in (["oracle", "routed"], METHODS)}
+    drawn = {len(chosen): plots.draw(make_bench(methods=chosen)) for chosen in (["oracle", "routed"], METHODS)}
     for name in ["draft_accuracy", "speedup", "acceptance_by_position"]:
         for method in METHODS[1:]:  # smoothed letters are as grey as autoregressive
-            assert has_colour(plots[2][name], report.COLOURS[method]) == (method in ("oracle", "routed"))
-            assert has_colour(plots[7][name], report.COLOURS[method])
+            assert has_colour(drawn[2][name], COLOURS[method]) == (method in ("oracle", "routed"))
+            assert has_colour(drawn[7][name], COLOURS[method])
 
 
 @pytest.mark.parametrize("k", [1, 4, 16])
@@ -267,11 +268,42 @@ def test_training_is_drawn_step_by_step_as_the_mean_of_a_courses_drafters(monkey
             np.testing.assert_allclose(drawn.get_xydata(), np.stack([[10, 20, 25], expected], 1))
 
 
-def test_curves_of_different_lengths_are_refused(tmp_path):
+def test_what_is_held_out_is_drawn_dashed_beside_what_is_trained_on(monkeypatch):
+    bench, rng = make_bench(), np.random.default_rng(1)
+    held = {"step": [0, 25], **{field: rng.random((2, 2)).tolist() for field in ("loss", "agreement")}}
+    bench["curves"]["bank"]["held"] = held
+    figure = draw_figures(bench, monkeypatch)[PLOTS.index("training")]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["trunk", "bank", "trained on", "held out"]
+    for axis, field in zip(figure.axes, ("loss", "agreement"), strict=True):
+        (dashed,) = (line for line in axis.lines if line.get_linestyle() == "--")
+        np.testing.assert_allclose(dashed.get_xydata(), np.stack([[0, 25], np.mean(held[field], 1)], 1))
+        assert dashed.get_color() == next(line for line in axis.lines[1:] if line.get_linewidth() == 2).get_color()
+
+
+@pytest.mark.parametrize("part", ["trained on", "held out"])
+def test_curves_of_different_lengths_are_refused(part, tmp_path):
     bench = make_bench()
-    bench["curves"]["bank"]["loss"].pop()
+    bank = bench["curves"]["bank"]
+    bank["held"] = copy.deepcopy(bank)
+    (bank if part == "trained on" else bank["held"])["loss"].pop()
     with pytest.raises(UserError, match="the curves of bank do not belong together"):
         write_report(tmp_path, bench)
+
+
+def test_a_curve_ends_where_no_task_had_more_accepted(monkeypatch):
+    bench = make_bench(k=5)
+    for at, task in enumerate(("code", "sql")):
+        bench["tasks"][task]["routed"]["acceptance_by_position"][2 + at :] = [0.0] * (3 - at)
+    bench["mean"]["routed"]["acceptance_by_position"][3:] = [0.0, 0.0]
+    for axis in draw_figures(bench, monkeypatch)[2].axes:
+        assert [len(line.get_xdata()) for line in axis.lines] == [5, 5, 3]
+
+
+def test_no_two_of_nineteen_methods_look_alike(monkeypatch):
+    methods = [*METHODS, *(f"added {i}" for i in range(12))]
+    axis = draw_figures(make_bench(methods=methods), monkeypatch)[0].axes[0]
+    looks = [(bars[0].get_facecolor(), bars[0].get_hatch()) for bars in axis.containers]
+    assert len(set(looks)) == len(methods)
 
 
 @pytest.mark.parametrize("num_tasks", [1, 8])
@@ -330,5 +362,5 @@ def leave_with_two(arguments, monkeypatch):
 def test_drawing_does_not_change_the_bench():
     bench = make_bench()
     before = copy.deepcopy(bench)
-    report.page(bench, report.draw(bench))
+    report.page(bench, plots.draw(bench))
     assert bench == before

@@ -35,7 +35,7 @@ class Log:
 
 
 def read_curves(file: Path) -> Curves:
-    """Of every course `step`, and at each of them `loss` and `agreement` of its drafters; likewise `held`, if it was measured."""
+    """Of every course `step`, and at each of them `loss` and `agreement` of its drafters; and `held`, likewise, if measured."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     key = lambda line: (line["course"], line.get("split", TRAIN), line["step"])
     last = {key(line): line for line in lines}  # a killed run has said some steps twice
