@@ -136,10 +136,10 @@ def training():
 
 
 def losses(mesh=None, steps: int = 5) -> list[float]:
-    """The loss curve, rows over the mesh."""
+    """The loss curve, rows over the mesh's `data`, weights and moments over `model`."""
     step, state, batch = training()
     if mesh is not None:
-        state = sharding.place(state, sharding.param_specs(state, "drafter"), mesh)
+        state = sharding.place(state, sharding.param_specs(state, sharding.TRAINED), mesh)
         batch = sharding.place(batch, sharding.row_specs(batch), mesh)
     step, curve = jax.jit(step), []
     for _ in range(steps):

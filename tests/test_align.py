@@ -301,6 +301,13 @@ def test_the_pool_keeps_the_curves_of_every_course_and_each_step_once(finished, 
         "trunk": [6], "bank_lora": [2], "mixed_lora": [10, 12], "mixed_full": [6]
     }  # fmt: skip
     assert [len(own["loss"][0]) for own in known.values()] == [1, 3, 1, 1]
+    held = {name: (own["held"]["step"], len(own["held"]["loss"][0])) for name, own in known.items()}
+    assert held == {
+        "trunk": ([0, 6], 1),
+        "bank_lora": ([0, 2], 3),
+        "mixed_lora": ([0, 12], 1),
+        "mixed_full": ([0, 6], 1),
+    }
     said = [("bank", 10, 0.5), ("bank", 20, 0.4), ("bank", 20, 0.3), ("mixed", 10, 0.9)]  # killed and gone on
     lines = [json.dumps({"course": c, "step": s, "loss": [x], "agreement": [1 - x]}) for c, s, x in said]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")

@@ -115,10 +115,12 @@ def test_a_job_of_two_hosts_goes_on_when_one_of_them_was_killed(pool, tmp_path, 
 
 
 @pytest.mark.slow
-def test_two_hosts_align_as_one_and_go_on_when_one_of_them_was_killed(finished, preset, out_with):
-    """As near the target as one process comes, to the rounding of sums in another order; one host writes."""
+@pytest.mark.parametrize("split", ["data", "model"])
+def test_two_hosts_align_as_one_and_go_on_when_one_of_them_was_killed(finished, preset, out_with, split):
+    """As near the target as one process comes, to the rounding of sums in another order; one host writes, of weights that both
+    have a part of, too."""
     out = out_with("trace", "partition")
-    argv = ["train.align", "--config", preset, "--out", out, "--distributed"]
+    argv = ["train.align", "--config", preset, "--out", out, "--distributed", f"--mesh.{split}", 2]
     job = [start(process, os.getpid() + 2, argv) for process in range(2)]
     deadline = time.monotonic() + 200
     while not list(out.glob("align/checkpoints/*/2")) and time.monotonic() < deadline and job[1].poll() is None:

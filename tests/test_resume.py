@@ -7,6 +7,7 @@ import pytest
 
 from jaxspec import training
 from jaxspec.config import Experiment, command_line
+from jaxspec.store.curves import read_curves
 from train import __main__ as pipeline
 from train import align, trace
 
@@ -84,6 +85,8 @@ def test_a_killed_alignment_goes_on_from_its_checkpoints(finished, preset, out_w
     assert [own[0][:2] for own in calls] == [(0, 6), (2, 6), (2, 12)]  # a checkpoint every second step
     for name in ("bank.safetensors", "mixed.safetensors", "trunk.safetensors"):
         assert (out / "align" / name).read_bytes() == Path(finished.out, "align", name).read_bytes()
+    found, expected = (read_curves(Path(folder, "align", "metrics.jsonl")) for folder in (out, finished.out))
+    assert found == expected and all("held" in own for own in found.values())
 
 
 def test_a_finished_pipeline_is_left_alone(preset, out_with, capsys):

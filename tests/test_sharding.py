@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from decode.differences import first_difference
 from jaxspec import serving, sharding
 from jaxspec.config import Mesh, UserError
 from jaxspec.requests import Request, room_of
+from jaxspec.store.curves import read_curves
 from jaxspec.store.pool import load_pool
 from jaxspec.store.traces import read_traces
 from jaxspec.transformer import abstract, empty_cache
 from tests import fleet
+from train import __main__ as pipeline
 from train import align, trace
 
 MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
@@ -88,23 +91,23 @@ def test_an_engine_keeps_its_states_layout_and_compiles_once(caplog):
     assert "Compiling" not in caplog.text
 
 
-@pytest.mark.parametrize(
-    "shape", [(4, 2), *(pytest.param(own, marks=pytest.mark.slow) for own in ((8, 1), (2, 4), (1, 8)))]
-)
-def test_training_on_a_mesh_has_the_loss_curve_of_one_device(shape):
-    # A loss is a mean of at most 128 places, summed in another order; five steps of Adam keep that order of error.
-    np.testing.assert_allclose(fleet.losses(mesh_of(*shape)), fleet.losses(), rtol=128 * np.finfo(np.float32).eps)
-
-
 @pytest.mark.slow
-def test_the_stage_trains_on_a_mesh_as_it_does_on_one_device(finished, out_with):
-    out = out_with("trace", "partition")
-    align.run(dataclasses.replace(finished, out=str(out), mesh=Mesh(data=2)))
-    read = lambda folder: [json.loads(line) for line in Path(folder, "align", "metrics.jsonl").read_text().splitlines()]
-    found, expected = read(out), read(finished.out)
-    assert [line["course"] for line in found] == [line["course"] for line in expected]
-    for ours, theirs in zip(found, expected):
-        np.testing.assert_allclose(ours["loss"], theirs["loss"], atol=2e-4)  # written to four decimals
+@pytest.mark.parametrize("mesh", [Mesh(data=2), Mesh(model=2), Mesh(data=2, model=2)])
+@pytest.mark.parametrize("on_policy", [0.0, 0.5])
+def test_the_stage_trains_on_a_mesh_as_it_does_on_one_device(finished, out_with, tmp_path, mesh, on_policy):
+    """Also where half of the rows are the drafters' own, written and scored by models that are split."""
+    spec = dataclasses.replace(finished.align, on_policy=on_policy, refresh=2)
+    many, one = out_with("trace", "partition"), Path(finished.out)
+    if on_policy:
+        one = shutil.copytree(many, tmp_path / "one")
+        align.run(dataclasses.replace(finished, out=str(one), align=spec))
+    align.run(dataclasses.replace(finished, out=str(many), mesh=mesh, align=spec))
+    found, expected = (read_curves(folder / "align" / "metrics.jsonl") for folder in (many, one))
+    assert list(found) == list(expected)
+    for course, theirs in expected.items():
+        for ours, one in ((found[course], theirs), (found[course]["held"], theirs["held"])):
+            assert ours["step"] == one["step"]
+            np.testing.assert_allclose(ours["loss"], one["loss"], atol=2e-4)  # written to four decimals
 
 
 @pytest.mark.slow
@@ -149,6 +152,16 @@ def test_a_bench_on_a_mesh_accepts_what_one_device_accepts(finished, world, tmp_
 def test_rows_that_a_mesh_does_not_divide_are_refused_before_training(finished, out_with):
     with pytest.raises(UserError, match=r"--align\.rows of 2 does not divide over --mesh\.data 4; give 4$"):
         align.run(dataclasses.replace(finished, out=str(out_with("trace", "partition")), mesh=Mesh(data=4)))
+
+
+def test_a_drafter_that_a_mesh_does_not_divide_is_refused_before_training(finished, out_with):
+    own = dataclasses.replace(finished, out=str(out_with("trace", "partition")), mesh=Mesh(model=4))
+    said = r"--mesh\.model 4 does not divide the trained drafter's 2 heads; give one of 1, 2$"
+    with pytest.raises(UserError, match=said):
+        align.run(own)
+    with pytest.raises(UserError, match=said):  # of all stages before the first
+        pipeline.run(dataclasses.replace(own, out=f"{own.out}/anew"))
+    assert not Path(own.out, "anew").exists()
 
 
 def test_every_leaf_of_a_transformer_is_where_its_rule_says():

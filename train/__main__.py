@@ -5,6 +5,7 @@ python -m train --config configs/testbed.py --target DIR --draft DIR --prompts F
 
 import time
 
+from jaxspec import sharding
 from jaxspec.config import Experiment, UserError, command_line
 from train import align, calibrate, partition, router, trace
 
@@ -15,6 +16,8 @@ def run(experiment: Experiment) -> None:
         raise UserError("--distributed is for train.align alone; run the other stages on one host")
     if experiment.pool:
         raise UserError("--pool is for train.calibrate alone, which calibrates it; leave it out to train another")
+    if experiment.mesh.model > 1:  # else what the trace has taken hours for could not be trained on
+        align.check(experiment, sharding.abstract_mesh(experiment.mesh.data, experiment.mesh.model))
     for stage in (trace, partition, align, router, calibrate):
         start = time.time()
         stage.run(experiment)
