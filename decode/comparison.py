@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.transforms import offset_copy
 
 from decode.drawing import COLOURS, EDGE, INK, MARKERS, Bench, cell, legend
 
@@ -32,7 +32,7 @@ SETTINGS = {
     "commit": "commit",
 }
 BESIDE = 9  # points between methods of one place
-LARGE = EDGE | {"markersize": 10}
+LARGE: dict[str, Any] = EDGE | {"markersize": 10}
 AXES = {"drafter_parameters": ("drafter's parameters, millions", 1e-6), "num_tasks": ("number of tasks", 1)}
 
 
@@ -92,7 +92,7 @@ def draw(compared: Sequence[Compared]) -> Figure | None:
     for row, (measure, heading) in zip(panels, MEASURES.items(), strict=True):
         row[0].set_ylabel(heading)
         for panel, (x, (_, scale)) in zip(row, AXES.items(), strict=True):
-            _points(panel, compared, measure, x, scale)
+            _points(figure, panel, compared, measure, x, scale)
     for panel, (x, (label, scale)) in zip(panels[-1], AXES.items(), strict=True):
         panel.set_xlabel(label)
         _ticks(panel, sorted({one.settings[x] * scale for one in compared if one.settings[x] is not None}))
@@ -111,7 +111,7 @@ def _ticks(panel: Axes, there: list[float]) -> None:
         panel.xaxis.set_major_locator(MaxNLocator(6))
 
 
-def _points(panel: Axes, compared: Sequence[Compared], measure: str, x: str, scale: float) -> None:
+def _points(figure: Figure, panel: Axes, compared: Sequence[Compared], measure: str, x: str, scale: float) -> None:
     """A point a pool and method with the pool's number in it; methods stand side by side where their pool has its place."""
     for beside, (method, marker) in enumerate(zip(METHODS, MARKERS, strict=False)):
         value = lambda one, method=method: one.figures.get(method, {}).get(measure)
@@ -120,9 +120,14 @@ def _points(panel: Axes, compared: Sequence[Compared], measure: str, x: str, sca
         aside = BESIDE * (beside - (len(METHODS) - 1) / 2)
         (points,) = panel.plot(across, up, linestyle="none", marker=marker, color=COLOURS[method], **LARGE)
         # Moved afterwards, so that the panel's limits are those of the data.
-        points.set_transform(panel.transData + ScaledTranslation(aside / 72, 0, panel.get_figure().dpi_scale_trans))
+        points.set_transform(offset_copy(panel.transData, figure, aside, units="points"))
         for i, place in zip(at, zip(across, up, strict=True), strict=True):
-            where = {"xytext": (aside, 0), "textcoords": "offset points", "ha": "center", "va": "center_baseline"}
+            where: dict[str, Any] = {
+                "xytext": (aside, 0),
+                "textcoords": "offset points",
+                "ha": "center",
+                "va": "center_baseline",
+            }
             panel.annotate(str(i + 1), place, **where, fontsize=7, color=_readable(COLOURS[method]))
     panel.margins(0.12)
     panel.grid(axis="y")

@@ -103,7 +103,7 @@ def _grouped_bars(axis: Axes, bench: Bench, methods: list[str], field: str) -> N
         left = np.arange(len(rows)) - 0.42 + i * width
         heights = np.array([cell(row, method, field) for row in rows], float)
         again = colour in colours[:i]  # of two methods in one colour the second is hatched
-        lines = {"edgecolor": "white", "hatch": "////"} if again else {"edgecolor": INK}
+        lines: dict[str, Any] = {"edgecolor": "white", "hatch": "////"} if again else {"edgecolor": INK}
         axis.bar(left, heights, width, align="edge", color=colour, linewidth=0.4, **lines)
     axis.grid(axis="y")
     if field.startswith("speedup"):

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from jaxspec.store.stages import is_writer
@@ -28,7 +28,7 @@ class Log:
     def __exit__(self, *_) -> None:
         self._file.close()
 
-    def write(self, step: int, said: Mapping[str, Sequence], split: str = TRAIN) -> None:
+    def write(self, step: int, said: Mapping[str, Iterable], split: str = TRAIN) -> None:
         """Loss and agreement of each drafter `[D]` after so many steps, on the rows trained on or on those held out."""
         rounded = {name: [round(float(x), 4) for x in values] for name, values in said.items()}
         self._file.write(json.dumps({"course": self._course, "split": split, "step": step, **rounded}) + "\n")
