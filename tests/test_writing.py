@@ -12,7 +12,8 @@ import pytest
 from conftest import DRAFT, EOS, TARGET, make_tokenizer, random_params
 from test_resume import interrupt_call
 
-from jaxspec import align, forced, sharding, training
+from jaxspec import align, forced, sharding
+from jaxspec import training as loop
 from jaxspec.config import Experiment, Mesh, Partition, UserError
 from jaxspec.packing import as_batch, packed_rows
 from jaxspec.store.huggingface import write_model
@@ -137,7 +138,7 @@ def test_a_drafter_that_says_what_is_stored_trains_on_what_is_stored(log, share)
     spec = dataclasses.replace(Experiment().align, rows=ROWS, row_tokens=ROW_TOKENS, refresh=2, on_policy=share)
     lengths = [len(own) for own in traces.tokens]
     plans = [packed_rows(lengths, np.arange(d, 60, 2), 5 * ROWS, ROW_TOKENS, seed=d) for d in range(2)]
-    course = training.Course("bank", None, (), (), plans, [], 5, ())  # pyright: ignore[reportArgumentType]
+    course = loop.Course("bank", None, (), (), plans, [], 5, ())  # pyright: ignore[reportArgumentType]
 
     def stored(frozen, params, drafter, examples, step) -> Texts:
         asked.append((drafter, step, params))
@@ -145,7 +146,7 @@ def test_a_drafter_that_says_what_is_stored_trains_on_what_is_stored(log, share)
         kept = (traces.prompt_length, traces.top_ids, traces.top_log_p, traces.tail_log_p)
         return Texts([traces.tokens[i] for i in examples], *map(pick, kept))
 
-    feed = training._feeding(spec, traces, course, ROOM, sharding.make_mesh(1, 1), stored)
+    feed = loop._feeding(spec, traces, course, ROOM, sharding.make_mesh(1, 1), stored)
     for step in range(5):
         batch = feed(step, f"params {step}")
         expected = [as_batch(traces, plan[step * ROWS : (step + 1) * ROWS], ROW_TOKENS, ROOM) for plan in plans]
@@ -236,11 +237,11 @@ def test_a_killed_run_on_its_own_policy_goes_on_to_the_same_weights(runs, monkey
             (out / name).symlink_to(Path(own.out, name))
     asked = [dataclasses.replace(own, align=spec, out=str(out)) for out in outs]
     with monkeypatch.context() as patch:
-        interrupt_call(patch, training, "schedule", 5)
+        interrupt_call(patch, loop, "schedule", 5)
         with pytest.raises(KeyboardInterrupt):
             stage.run(asked[0])
     with monkeypatch.context() as patch:
-        calls = interrupt_call(patch, training, "schedule", -1)
+        calls = interrupt_call(patch, loop, "schedule", -1)
         stage.run(asked[0])
     assert calls[0][0] == 4
     stage.run(asked[1])
@@ -256,9 +257,9 @@ def test_selection_has_each_drafter_but_the_trunk_trained_twice(experiment, monk
         calls.append((course.name, course.rates, course.params, reference))
         return {"params": f"{course.name} trained", "learning_rate": 0.5}
 
-    monkeypatch.setattr(training, "_train", train)
-    course = training.Course("bank", None, (), "start", [], [], 5, (0.5, 0.1))  # pyright: ignore[reportArgumentType]
-    select = lambda share, own: training.trained(
+    monkeypatch.setattr(loop, "_train", train)
+    course = loop.Course("bank", None, (), "start", [], [], 5, (0.5, 0.1))  # pyright: ignore[reportArgumentType]
+    select = lambda share, own: loop.trained(
         dataclasses.replace(experiment.align, select=share),
         None,
         own,
