@@ -155,6 +155,12 @@ def _beside_mixed(setting: Setting) -> Chosen:
     return _routed(setting)._replace(method=serving.beside_mixed(setting.pool, setting.slots))
 
 
+def _two_best(setting: Setting) -> Chosen:
+    both = serving.pairs(setting.pool)
+    alike = np.flatnonzero(both[:, 0] == both[:, 1]).tolist()  # with which all weights are read
+    return Chosen(serving.two_best(setting.pool, setting.slots), reach=alike)
+
+
 def _beforehand(which: str, setting: Setting) -> Chosen:
     routes = _routes(setting)[which]
     return Chosen(serving.given(setting.pool, setting.slots), routes, np.unique(routes).tolist())
@@ -299,6 +305,7 @@ RECIPES = {
     "tree": _on_trees(_routed, _trees, costs.specialists),
     "graph": _on_trees(_routed, _graphs, costs.specialists, check_graph),
     "merged-trees": _on_trees(_beside_mixed, _merged_trees, costs.both),
+    "merged-trees-two-best": _on_trees(_two_best, _merged_trees, costs.specialists),
     "card": Recipe(_routed, _cached, costs.specialists, check=check_cache),
 }
 ALL = tuple(name for name in METHODS if name not in ONLINE)

@@ -24,15 +24,16 @@ class Bench:
     """File for the results."""
     methods: tuple[str, ...] = ("autoregressive", "base", "mixed", "routed", "chosen", "random", "oracle")
     """`all` that the pool has, or any of autoregressive, base, mixed, routed, chosen, random, wrong, oracle, ngram, adaptive,
-    tree, graph, merged-trees, multi-draft, card, feature, online and online-wrong: `routed` drafts with the drafter of the
-    prompt's task, `chosen` with the drafter and, one prompt at a time, the draft length that promise the most, `ngram` with
-    what followed in the text before, `tree` as routed, token trees of `nodes` and `depth` in place of chains, `graph` such
-    trees in which nodes that end alike are drafted once, `merged-trees` those of routed and mixed under one root, `adaptive`
-    those of trigram tables, which learn as they decode, `multi-draft` as routed with several drafts of every place, `card` as
-    routed out of a cache of candidates that is filled while the target verifies; `feature`, once `train.feature` has trained
-    it, with guesses of the target's hidden states; `online` begins as routed and `online-wrong` with a wrong drafter, and
-    both change it within the text for the one that the target agrees with; merged-average, merged-awd, merged-doge, once
-    `train.extras` has made them; and what `train.adopt` has added; NAME/METHOD is a rival's method."""
+    tree, graph, merged-trees, merged-trees-two-best, multi-draft, card, feature, online and online-wrong: `routed` drafts with
+    the drafter of the prompt's task, `chosen` with the drafter and, one prompt at a time, the draft length that promise the
+    most, `ngram` with what followed in the text before, `tree` as routed, token trees of `nodes` and `depth` in place of
+    chains, `graph` such trees in which nodes that end alike are drafted once, `merged-trees` those of routed and mixed under
+    one root, `merged-trees-two-best` those of the router's first and second choice of task, `adaptive` those of trigram
+    tables, which learn as they decode, `multi-draft` as routed with several drafts of every place, `card` as routed out of a
+    cache of candidates that is filled while the target verifies; `feature`, once `train.feature` has trained it, with guesses
+    of the target's hidden states; `online` begins as routed and `online-wrong` with a wrong drafter, and both change it
+    within the text for the one that the target agrees with; merged-average, merged-awd, merged-doge, once `train.extras` has
+    made them; and what `train.adopt` has added; NAME/METHOD is a rival's method."""
     rivals: tuple[str, ...] = ()
     """Further pools of the same target, each NAME=POOL, or NAME=POOL,DRAFT where its base drafter has another place than its
     manifest says: a row NAME measures a rival's routed drafters at its own draft length, in the type and on the mesh of
@@ -50,7 +51,7 @@ class Bench:
     num_speculative_tokens: int | None = None
     """Tokens drafted a round; None is what calibration chose, for each pool its own."""
     nodes: int = 16
-    """Tokens of a tree that are verified a round, for `tree`, `graph`, `merged-trees` and `adaptive`."""
+    """Tokens of a tree that are verified a round, for `tree`, `graph`, both of `merged-trees` and `adaptive`."""
     depth: int = 6
     """Levels of a tree, of which each costs `tree` a call of the drafter."""
     beam: int = 4

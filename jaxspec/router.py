@@ -62,6 +62,16 @@ def choose(probability: np.ndarray, fallback_below: float) -> np.ndarray:
     return np.where(probability.max(-1) < fallback_below, TRUNK, likeliest)
 
 
+def runner_up(probability: np.ndarray, drafters: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Routes `[B]` of the likeliest task that another drafter serves than `first [B]`; the same where none does.
+
+    Args:
+        drafters: `[tasks]` the route that serves each.
+    """
+    others = np.where(drafters == first[:, None], -1.0, probability)
+    return np.where(others.max(-1) < 0, first, drafters[others.argmax(-1)])
+
+
 def token_seconds(acceptance_length: np.ndarray, round_seconds: np.ndarray) -> np.ndarray:
     """Expected seconds a token: `[D, T, K]` tokens a round by drafter, task and draft length, `[K]` -> `[D, T, K]`."""
     return round_seconds / acceptance_length

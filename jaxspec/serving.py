@@ -1,5 +1,6 @@
 """A pool at work: engines that decode with it, and for each way of choosing a drafter the routes and the weights."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial
 from typing import Any
@@ -30,6 +31,7 @@ from jaxspec.drafters import (
 from jaxspec.drafters.cached import outcomes
 from jaxspec.drafters.feature import FeatureParams, tables_of
 from jaxspec.drafters.lm import LMDrafterParams
+from jaxspec.drafters.merged_trees import TwoDrafters
 from jaxspec.engine import Engine, Method, Routes, unrouted
 from jaxspec.experience import Experience
 from jaxspec.joining import join, pays
@@ -133,7 +135,7 @@ def reusing(
 
 
 def uniting(pool: Pool, num_nodes: int, rule: str = "greedy", *, depth: int, beam: int = 8, **shape: Any) -> Engine:
-    """Speculative decoding with two drafters' trees as one, see `drafters.merged_trees`; for `beside_mixed`."""
+    """Speculative decoding with two drafters' trees as one, see `drafters.merged_trees`; for `beside_mixed` and `two_best`."""
     drafter = merged_tree_drafter(pool.pair.draft.config, num_nodes, depth=depth, beam=beam, **_settings(pool))
     return _engine(pool, drafter, rule, **shape)
 
@@ -234,17 +236,44 @@ def routed(pool: Pool, slots: int) -> Method:
 def beside_mixed(pool: Pool, slots: int) -> Method:
     """As `routed`, and the mixed drafter with it."""
     own, mixed = routed(pool, slots), always(pool, "mixed", slots).drafter_params(np.array([router.TRUNK]))
-    return own._replace(name="merged-trees", drafter_params=lambda routes: (own.drafter_params(routes), mixed))
+    both = lambda routes: TwoDrafters(own.drafter_params(routes), mixed)
+    return own._replace(name="merged-trees", drafter_params=both)
+
+
+def two_best(pool: Pool, slots: int) -> Method:
+    """The drafters of the router's first and second choice of task together; a route is a place in `pairs`."""
+    both, own, best = pairs(pool), adapted(pool, slots), _choice_of_task(pool)
+    table = jnp.asarray(both, jnp.int32)
+
+    def choose(probability: np.ndarray, strangeness: np.ndarray) -> tuple[np.ndarray, None]:
+        first, _ = best(probability, strangeness)
+        second = router.runner_up(probability, np.array(pool.drafters), first)
+        return (both == np.stack([first, second], axis=1)[:, None]).all(-1).argmax(-1), None
+
+    def params(routes: np.ndarray) -> TwoDrafters:
+        return TwoDrafters(*(own(each) for each in both[routes].T), table)
+
+    return Method("merged-trees-two-best", _classifier(pool, choose), params)
+
+
+def pairs(pool: Pool) -> np.ndarray:
+    """All pairs of the specialists and what adapters belong on, by their routes `[R, 2]`; the last, -1 too, is that twice."""
+    routes = [*range(len(pool.tasks)), router.TRUNK]
+    return np.array(list(itertools.product(routes, repeat=2)))
 
 
 def _of_task(pool: Pool) -> Callable[[np.ndarray], Routes]:
+    return _classifier(pool, _choice_of_task(pool))
+
+
+def _choice_of_task(pool: Pool) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, None]]:
     drafters = np.array([*pool.drafters, router.TRUNK])  # the last is that of no task
 
     def choose(probability: np.ndarray, strangeness: np.ndarray) -> tuple[np.ndarray, None]:
         del strangeness
         return drafters[router.choose(probability, pool.facts["fallback_below"])], None
 
-    return _classifier(pool, choose)
+    return choose
 
 
 @lru_cache(maxsize=4)

@@ -24,12 +24,14 @@ from jaxspec.drafters import (
     feature_drafter,
     graph_drafter,
     lm_drafter,
+    merged_tree_drafter,
     multi_drafter,
     silent_drafter,
     tree_drafter,
 )
 from jaxspec.drafters.feature import FeatureParams, init_weights, single_layer, tables_of
 from jaxspec.drafters.lm import LMDrafterParams
+from jaxspec.drafters.merged_trees import TwoDrafters
 from jaxspec.engine import Engine, Method, unrouted
 from jaxspec.requests import Request, room_of
 from jaxspec.store.parts import own_rows, part_file
@@ -48,8 +50,8 @@ ROUTES = [0, 1, 2, -1, 0, 1, 2, -1]
 
 
 class Case(NamedTuple):
-    """A way of decoding: its law, its rows' adapters (none, `gathered`, `side by side` or `whole`; or `features` or `trigrams`
-    in place of a language model), whether rows sample."""
+    """A way of decoding: its law, its rows' adapters (none, `gathered`, `in pairs`, `side by side` or `whole`; or `features`
+    or `trigrams` in place of a language model), whether rows sample."""
 
     law: Any
     adapters: str
@@ -69,6 +71,9 @@ CASES = {
     ),
     "tree": Case(verify.rejection, "gathered", True, 6, lambda k: tree_drafter(DRAFT, k, depth=3, beam=2)),
     "graph": Case(verify.gumbel, "gathered", True, 6, lambda k: graph_drafter(DRAFT, k, depth=3, beam=2)),
+    "merged trees": Case(
+        verify.rejection, "in pairs", True, 6, lambda k: merged_tree_drafter(DRAFT, k, depth=3, beam=2)
+    ),
     "adaptive": Case(verify.rejection, "trigrams", True, 6, lambda k: adaptive_drafter(k, depth=3, beam=2)),
     "features": Case(verify.rejection, "features", True, drafter=lambda k: feature_drafter(single_layer(TARGET), k)),
     "query and correct": Case(
@@ -105,6 +110,9 @@ def weights(adapters: str) -> SpecParams:
     if adapters == "features":
         own = init_weights(layer, "alignment", target, jax.random.key(4))
         return SpecParams(target, FeatureParams(own, tables_of(layer, target)))
+    if adapters == "in pairs":
+        own = LMDrafterParams(*ways["gathered"])
+        return SpecParams(target, TwoDrafters(own, own, jnp.array([[0, 1], [1, -1], [2, 0], [-1, -1]])))
     return SpecParams(target, LMDrafterParams(*ways[adapters]))
 
 

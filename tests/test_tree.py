@@ -18,6 +18,7 @@ from jaxspec.ancestry import ancestry, depths
 from jaxspec.drafters import graph_drafter, merged_tree_drafter, tree_drafter
 from jaxspec.drafters.beam import search
 from jaxspec.drafters.lm import LMDrafterParams, model
+from jaxspec.drafters.merged_trees import TwoDrafters
 from jaxspec.drafters.tree import candidates, greedy_first, likeliest
 from jaxspec.requests import MAX_NODES, room_of, slack
 from jaxspec.speculate import speculator
@@ -48,7 +49,8 @@ def near(weights):
 def params(name: str, weights, other=None):
     """Of a drafter, or of two of which the first has the weights."""
     one = LMDrafterParams(weights)
-    return (one, LMDrafterParams(OTHER if other is None else other)) if name == "merged trees" else one
+    second = LMDrafterParams(OTHER if other is None else other)
+    return TwoDrafters(one, second) if name == "merged trees" else one
 
 
 OTHER = near(PARAMS)

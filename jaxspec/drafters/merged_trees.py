@@ -6,7 +6,7 @@ that they share become one, and no more nodes are verified than of one tree.
 """
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -18,7 +18,17 @@ from jaxspec.drafters.tree import Candidates, candidates, likeliest
 from jaxspec.transformer import LMConfig
 from jaxspec.types import Drafter, Prompt
 
-Both = tuple[LMDrafterParams, LMDrafterParams]
+
+class TwoDrafters(NamedTuple):
+    """Parameters of two of `lm_drafter`.
+
+    routes: `[R, 2]` what each route is to the first and to the second, so that rows may have different pairs; None where it is
+    the same to both.
+    """
+
+    first: LMDrafterParams
+    second: LMDrafterParams
+    routes: Array | None = None
 
 
 def merged_tree_drafter(
@@ -31,7 +41,7 @@ def merged_tree_drafter(
     dtype: Any = jnp.float32,
     attend: Attend = dense,
 ) -> Drafter:
-    """Drafts the likeliest `num_nodes` nodes of two models' trees; parameters are two of `lm_drafter`, states too.
+    """Drafts the likeliest `num_nodes` nodes of two models' trees; parameters are `TwoDrafters`.
 
     As `tree_drafter`, and exact for its reason, in twice its calls. A node is as likely as the two models find it on
     average, half of what one of them says where the other has not met it. The first model's greedy chain is always there.
@@ -46,17 +56,19 @@ def merged_tree_drafter(
     """
     cached = slots_of(num_nodes, depth, beam)
 
-    def init(params: Both, prompt: Prompt, slots: int) -> tuple[LMDrafterState, ...]:
-        return tuple(begin(config, own, prompt, slots + cached, dtype) for own in params)
+    def init(params: TwoDrafters, prompt: Prompt, slots: int) -> tuple[LMDrafterState, ...]:
+        pair = jnp.stack([prompt.route] * 2, axis=1) if params.routes is None else params.routes[prompt.route]
+        own = zip(params[:2], pair.T, strict=True)
+        return tuple(begin(config, one, prompt._replace(route=route), slots + cached, dtype) for one, route in own)
 
     def grow(params: LMDrafterParams, state: LMDrafterState, tokens: Array, length: Array):
         read, say = model(config, params, state.adapter, vocab_size=vocab_size, attend=attend)
         found, cache, _ = search(read, say, state.cache, tokens, length, depth=depth, beam=beam, columns=depth + 1)
         return candidates(found), state._replace(cache=cache)
 
-    def propose(params: Both, states: tuple[LMDrafterState, ...], tokens, length, noise, sampling):
+    def propose(params: TwoDrafters, states: tuple[LMDrafterState, ...], tokens, length, noise, sampling):
         del noise, sampling
-        (one, first), (other, second) = (grow(*own, tokens, length) for own in zip(params, states, strict=True))
+        (one, first), (other, second) = (grow(*own, tokens, length) for own in zip(params[:2], states, strict=True))
         draft, _ = likeliest(united(one, other, levels(depth, beam)), num_nodes)
         return draft, (first, second)
 

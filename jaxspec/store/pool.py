@@ -55,6 +55,7 @@ METHODS = (
     "tree",
     "graph",
     "merged-trees",
+    "merged-trees-two-best",
     FEATURE,
     "card",
     *ONLINE,
