@@ -23,6 +23,7 @@ from typing import IO, Any, Literal, NamedTuple
 import jax
 from tqdm import tqdm
 
+from decode import tables
 from decode.kept import Kept
 from decode.unexplained import Watch
 from jaxspec import recording, serving, sharding
@@ -39,10 +40,11 @@ from jaxspec.store.parts import alone, merge, own_rows, part_file, same_job, unf
 from jaxspec.store.pool import Pool, draft_length, find_pool, load_pool
 from jaxspec.store.prompts import Fault, Line, read_lines
 from jaxspec.store.recalibration import elsewhere
-from jaxspec.text import Ask, Completion, drafter_named, room_for, serve
+from jaxspec.text import Ask, Completion, drafter_named, nodes_of_tables, room_for, serve
 from jaxspec.transformer import LMConfig
 
 SAME = ("order", *SETTINGS, "acceptance", "logprobs", "dtype")  # what a job that goes on must not change
+LATER = ("online", "remember", "reliability", "drafter", "table")  # the same, of jobs that were begun with one of them
 BEGIN = b'{"id": '  # of every record
 UNSAID = ("index", "num_accepted_tokens_per_pos", "features")
 KEYS = (*SETTINGS, "stop", "drafter")
@@ -80,6 +82,12 @@ class Generate:
     """Seed of sampling."""
     num_speculative_tokens: int | None = None
     """Tokens drafted a round, 0 for none; None is what calibration chose for the batch."""
+    drafter: str = ""
+    """Drafter of the lines that name none: a task or its label, `trunk` or `base`, or `adaptive`, trigram tables in place of a
+    model, for all lines or for none: of each prompt and its text, and of earlier ones, which OUT.trigrams.npz keeps. What
+    records say of drafts then depends on the prompts before, and no text does. Empty leaves it to the router."""
+    table: str = ""
+    """With `adaptive`: a file that such a job has left, to begin with in place of the pool's table."""
     online: bool = False
     """Change a row's drafter within its text for the one that the target agrees with most; a record's drafter is then the one
     that it began with."""
@@ -130,19 +138,23 @@ def run(config: Generate) -> None:
     _resume(config, output, lines[own.start : own.stop])
     known = _know(config)
     asks = [_ask(config, known, number, line) for number, line in enumerate(lines)]
+    tables.check(lines, asks, config.table, {"online": config.online, "reliability": config.reliability})
     pool = _pool(config, known, asks, sharding.asked(config.mesh, jax.local_devices() if processes > 1 else None))
     if config.num_speculative_tokens is None and (said := elsewhere(pool.facts, config.pool)):
         print(f"generate: {said}", file=sys.stderr)
     with open(output, "ab") as out, preemptible() as preempted:
         alone(out, output)
-        same_job(output, _settings(config, known))
+        same_job(output, _settings(config, known, asks))
         answered, size = _resume(config, output, lines[own.start : own.stop])
         os.truncate(output, size)
         watch, kept = Watch(pool, output), Kept(pool, output, config.replay or 0)
         mine = lines[own.start : own.stop], asks[own.start : own.stop]
-        job = _Job(config, pool, *mine, _room(asks), watch, kept, _remembered(config, pool, output))
+        learnt = tables.begun(pool, output, config.table, *mine) if tables.wanted(asks) else None
+        job = _Job(config, pool, *mine, _room(asks), watch, kept, _remembered(config, pool, output), learnt)
         done = _write(out, _records(job, answered), len(own), len(answered), preempted)
         kept.write()
+        if learnt:
+            learnt.write()
     if said := watch.report():
         print(f"generate: {said}", file=sys.stderr)
     if done < len(own):
@@ -165,6 +177,7 @@ class _Job(NamedTuple):
     """What a process answers: its lines, their requests or why there is none, and the room that all processes' need.
 
     experience: what earlier texts say of who should begin; None where nothing is remembered.
+    tables: what drafts in place of models; None where models do.
     """
 
     config: Generate
@@ -175,6 +188,7 @@ class _Job(NamedTuple):
     watch: Watch
     kept: Kept
     experience: Experience | None
+    tables: tables.Tables | None
 
 
 def _place_in_job(config: Generate) -> tuple[int, int]:
@@ -202,12 +216,19 @@ def _know(config: Generate) -> _Known:
     return _Known(facts, digest, read_config(target), read_config(draft), read_tokenizer(target))
 
 
-def _settings(config: Generate, known: _Known) -> dict[str, Any]:
+def _length(config: Generate, facts: dict[str, Any], asks: Sequence[Ask | str]) -> int:
+    """Tokens that are drafted a round."""
+    if tables.wanted(asks):
+        return nodes_of_tables(config.num_speculative_tokens)
+    return draft_length(facts, config.num_speculative_tokens, slots=config.batch)
+
+
+def _settings(config: Generate, known: _Known, asks: Sequence[Ask | str]) -> dict[str, Any]:
     """What the records depend on, the prompts apart; the programs only where they round differently enough to matter."""
-    length = draft_length(known.facts, config.num_speculative_tokens, slots=config.batch)
+    length = _length(config, known.facts, asks)
     same = {name: getattr(config, name) for name in SAME} | {"pool": known.digest, "num_speculative_tokens": length}
     # None as in jobs that were begun before there was a choice
-    same |= {name: getattr(config, name) or None for name in ("online", "remember", "reliability")}
+    same |= {name: getattr(config, name) or None for name in LATER}
     same |= {"replay": config.replay is not None or None}  # how many are kept is no matter of the records
     if (config.dtype or known.facts["dtype"]) == "float32":
         return same
@@ -227,7 +248,7 @@ def _pool(config: Generate, known: _Known, asks: Sequence[Ask | str], mesh: jax.
         batch=config.batch,
         prompt_tokens=max((len(r.ids) for r in requests), default=1),
         max_new_tokens=bucket_of(max((r.max_new_tokens for r in requests), default=1)),
-        num_speculative_tokens=draft_length(facts, config.num_speculative_tokens, slots=config.batch),
+        num_speculative_tokens=_length(config, facts, asks),
         dtype=dtype,
         tasks=tasks,
         rank=facts["rank"] if lora else 0,
@@ -317,14 +338,16 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
     if not todo:
         return
     config, pool, (room, kind) = job.config, job.pool, job.room
-    length = draft_length(pool.facts, config.num_speculative_tokens, slots=config.batch)
+    length = _length(config, pool.facts, job.asks)
     recorders = [recording.logprobs(room)] if config.logprobs else []
     if length and (config.remember or config.replay):
         recorders.append(recording.choices(len(serving.candidates(pool))))
-    engine = (serving.online if config.online else serving.speculative)(
+    # What tables draft is not drawn, so that neither rule accepts more, and by the other one no text depends on them.
+    rule = "gumbel" if job.tables else config.acceptance
+    engine = (serving.adapting if job.tables else serving.online if config.online else serving.speculative)(
         pool,
         length,
-        "greedy" if kind == "greedy" else config.acceptance,
+        "greedy" if kind == "greedy" else rule,
         slots=config.batch,
         room=room,
         admit_rows=config.admit_rows,
@@ -334,7 +357,7 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
     # Of one length the choice is the same for any batch, as the records must be.
     among = options(pool.facts, length, config.batch)
     chosen = lambda: serving.chosen(pool, config.batch, among, bank=named)
-    method = serving.hedging(pool, config.batch) if config.online else chosen()
+    method = job.tables.method if job.tables else serving.hedging(pool, config.batch) if config.online else chosen()
     asks = [ask for i in todo if isinstance(ask := job.asks[i], Ask)]
     trust = Reliability(pool.facts, length)
     method = trust.over(method) if config.reliability else job.experience.over(method) if job.experience else method
@@ -343,6 +366,8 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
         if own and job.experience:
             _remember(job.experience, pool, vars(own))
         request = asks[piece.index].request
+        if own and job.tables:
+            job.tables.saw(request.ids, own.token_ids)
         if own and own.task and request.draft_limit >= length and request.temperature == 0:  # as calibration was
             rounds, tokens = own.num_drafts, len(own.token_ids)
             trust.saw(pool.names.index(own.drafter), pool.tasks.index(own.task), rounds, tokens)
@@ -440,7 +465,8 @@ def _ask(config: Generate, known: _Known, number: int, line: Line | Fault) -> As
         own = {name: checked(name, value) for name, value in own.items()}
         most = own.pop("num_speculative_tokens")
         own["draft_limit"] = MAX_DRAFT if most is None else most
-        own["route"] = drafter_named(known.facts, line.settings.get("drafter"))
+        named = line.settings.get("drafter")
+        own["route"] = drafter_named(known.facts, (config.drafter or None) if named is None else named)
     except UserError as error:
         raise UserError(f"{line.source}: {error}") from error
     stops = line.settings.get("stop") or []

@@ -49,6 +49,7 @@ from jaxspec.types import Drafter
 
 WIDE = 8  # columns of a window that is called wide
 LOST = 1.5  # limits away from its task beyond which a prompt is taken for nobody's
+LEVELS = 6  # of a tree of trigram tables
 WINDOW = 10  # tokens of a row that all drafters are judged by at once
 SEVERAL = {
     "greedy-drafts": ("greedy-drafts", "greedy-drafts"),
@@ -102,8 +103,17 @@ def looking_up(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", **
     return _engine(pool, ngram_drafter(num_speculative_tokens), rule, **shape)
 
 
-def adapting(pool: Pool, num_nodes: int, rule: str = "greedy", *, depth: int, beam: int = 4, **shape: Any) -> Engine:
-    """Speculative decoding with token trees of trigram tables, see `drafters.adaptive`; `room` as of `branching`."""
+def adapting(
+    pool: Pool, num_nodes: int, rule: str = "greedy", *, depth: int = LEVELS, beam: int = 4, **shape: Any
+) -> Engine:
+    """Speculative decoding with token trees of trigram tables, see `drafters.adaptive`; `room` as of `branching`.
+
+    Args:
+        depth: levels, if there are nodes for so many.
+    """
+    if num_nodes == 0:
+        return autoregressive(pool, idle_width(), rule, **shape)
+    depth = min(depth, num_nodes)
     return _engine(pool, adaptive_drafter(num_nodes, depth=depth, beam=beam), rule, **shape)
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from jaxspec import recording, serving, verify
 from jaxspec.config import UserError
 from jaxspec.engine import FOREVER, Engine, Method
-from jaxspec.requests import SETTINGS, Request, bucket_of, checked, room_of
+from jaxspec.requests import MAX_DRAFT, SETTINGS, Request, bucket_of, checked, room_of
 from jaxspec.requests import Completion as Row
-from jaxspec.router import TRUNK
+from jaxspec.router import ADAPTIVE, TRUNK
 from jaxspec.store.families import drafter_name, options
 from jaxspec.store.models import encode
 from jaxspec.store.pool import Pool, draft_length, drafter_names
@@ -118,7 +118,7 @@ def serve(pool: Pool, engine: Engine, method: Method, asks: Sequence[Ask], *, ro
 
 
 def drafter_named(facts: dict[str, Any], name: Any) -> int | None:
-    """The route that a name asks for: a task, its label, or what adapters belong on (`base`, or `trunk`).
+    """The route that a name asks for: a task, its label, what adapters belong on (`base`, or `trunk`), or `adaptive`.
 
     None for None, which leaves it to the router.
     """
@@ -127,6 +127,7 @@ def drafter_named(facts: dict[str, Any], name: Any) -> int | None:
     by_size = sorted(range(len(facts["tasks"])), key=lambda task: facts["sizes"][task])
     labels = {label: task for task in by_size if (label := facts["labels"][task])}  # the largest has the name
     names = {drafter_names(facts)[-1]: TRUNK, **labels, **{task: i for i, task in enumerate(facts["tasks"])}}
+    names.setdefault("adaptive", ADAPTIVE)
     if not isinstance(name, str) or name not in names:
         raise UserError(f"no drafter {name!r} in this pool; it has {', '.join(map(str, names))}")
     return names[name]
@@ -140,6 +141,18 @@ def engine_of(
     recorder = recording.logprobs(room) if log_probs else recording.NOTHING
     shape = {"slots": slots, "room": room, "recorder": recorder}
     return serving.choosing(pool, families, rule, **shape)
+
+
+@lru_cache(maxsize=4)
+def adaptive_engine_of(pool: Pool, num_nodes: int, rule: str, slots: int, room: int, log_probs: bool) -> Engine:
+    """As `engine_of`, of trigram tables."""
+    recorder = recording.logprobs(room) if log_probs else recording.NOTHING
+    return serving.adapting(pool, num_nodes, rule, slots=slots, room=room, recorder=recorder)
+
+
+def nodes_of_tables(asked: int | None) -> int:
+    """Of a tree of trigram tables, as asked, or as many as the longest chain has tokens; nothing was calibrated for them."""
+    return MAX_DRAFT if asked is None else checked("num_speculative_tokens", asked)
 
 
 def rule_for(requests: Iterable[Request], acceptance: str) -> str:
@@ -227,10 +240,14 @@ def _pieces(
         for number, prompt in enumerate(prompts)
     ]
     requests = [ask.request for ask in asks]
+    shape = batch, room_for(requests), logprobs
+    if own["route"] == ADAPTIVE:  # what tables draft is not drawn, so that the other rule accepts no more
+        engine = adaptive_engine_of(pool, nodes_of_tables(num_speculative_tokens), rule_for(requests, "gumbel"), *shape)
+        return serve(pool, engine, serving.always(pool, "adaptive", batch), asks, rounds=rounds)
     if drafter is not None:  # the length that a row has of its own is for the drafter that the pool would choose
         num_speculative_tokens = draft_length(pool.facts, num_speculative_tokens, slots=batch)
     among = options(pool.facts, num_speculative_tokens, batch)
-    engine = engine_of(pool, among.families, rule_for(requests, acceptance), batch, room_for(requests), logprobs)
+    engine = engine_of(pool, among.families, rule_for(requests, acceptance), *shape)
     method = serving.chosen(pool, batch, among, bank=drafter is not None)
     return serve(pool, engine, method, asks, rounds=rounds)
 

@@ -100,6 +100,8 @@ def options(facts: Mapping[str, Any], asked: int | None = None, slots: int = 1) 
 
 def drafter_name(facts: Mapping[str, Any], route: int) -> str:
     """The name of a route's drafter; -1 is what adapters belong on."""
+    if route == router.ADAPTIVE:
+        return "adaptive"
     return drafter_names(facts)[-1] if route < 0 else _all_names(facts)[route]
 
 

@@ -129,19 +129,24 @@ class Pool:
     def trigrams(self) -> trigrams.Trigrams:
         """The table that `train.extras` has counted, or else one that knows nothing yet."""
         file = self.path / TRIGRAMS
-        arrays = read_arrays(file) if file.exists() else trigrams.empty()._asdict()
-        missing = {*trigrams.Trigrams._fields} - {*arrays}
-        if missing:
-            raise UserError(
-                f"{file} is damaged (it lacks {', '.join(sorted(missing))}); remove it, which leaves an empty table, or run "
-                "`python -m train.extras` again"
-            )
-        return _whole(trigrams.Trigrams(**jax.tree.map(jnp.asarray, arrays)), self.mesh)
+        return read_table(file, self.mesh) if file.exists() else _whole(trigrams.empty(), self.mesh)
 
 
 def extra_file(folder: Path, name: str) -> Path:
     """Where a pool's folder keeps a drafter that was added to it."""
     return folder / f"{name}.safetensors"
+
+
+def read_table(file: Path, mesh: Mesh | None = None) -> trigrams.Trigrams:
+    """A trigram table on the mesh; UserError for a file that holds none."""
+    arrays = read_arrays(file)
+    missing = {*trigrams.Trigrams._fields} - {*arrays}
+    if missing:
+        raise UserError(
+            f"{file} is damaged (it lacks {', '.join(sorted(missing))}); remove it, which leaves an empty table, or run "
+            "`python -m train.extras` again"
+        )
+    return _whole(trigrams.Trigrams(**jax.tree.map(jnp.asarray, arrays)), mesh)
 
 
 def load_pool(path: str, *, target: str = "", draft: str = "", dtype: str = "", mesh: Mesh | None = None) -> Pool:

@@ -1,0 +1,78 @@
+"""A job's trigram table: where it begins, what finished texts teach it, and the file beside the output that keeps it.
+
+Tables draft for all prompts of a job or for none: rounds of trees have programs of their own.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxspec.config import UserError
+from jaxspec.engine import Method, unrouted
+from jaxspec.router import ADAPTIVE
+from jaxspec.store.pool import Pool, read_table
+from jaxspec.store.prompts import Fault, Line
+from jaxspec.store.stages import write_arrays
+from jaxspec.text import Ask
+from jaxspec.trigrams import Growing
+
+
+class Tables:
+    """The table of a job that writes to `output`, as a method that drafts with what it knows by now.
+
+    Args:
+        begin: a file that an earlier job has left; empty for the pool's table.
+    """
+
+    def __init__(self, pool: Pool, output: Path, begin: str):
+        self.file = output.with_name(f"{output.name}.trigrams.npz")
+        self._growing = Growing(read_table(Path(begin), pool.mesh) if begin else pool.trigrams)
+        self.method = Method("adaptive", unrouted, self._growing.params)
+
+    def saw(self, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        """A text has ended."""
+        self._growing.saw([*prompt, *answer])
+
+    def write(self) -> None:
+        """Leaves the table beside the output."""
+        write_arrays(self.file, jax.tree.map(np.asarray, self._growing.table)._asdict())
+
+
+def wanted(asks: Sequence[Ask | str]) -> bool:
+    """Whether tables draft for these prompts."""
+    return any(ask.request.route == ADAPTIVE for ask in asks if isinstance(ask, Ask))
+
+
+def check(lines: Sequence[Line | Fault], asks: Sequence[Ask | str], begin: str, judging: Mapping[str, bool]) -> None:
+    """Raises UserError where tables would draft beside models, or nothing, or can not begin.
+
+    Args:
+        judging: flags of a job that judges models.
+    """
+    if begin and not Path(begin).is_file():
+        raise UserError(f"--table {begin}: no such file; give the .trigrams.npz that a job has left beside its output")
+    if not wanted(asks):
+        if begin:
+            raise UserError("--table needs --drafter adaptive, which drafts with it; give both")
+        return
+    for flag in (flag for flag, given in judging.items() if given):
+        raise UserError(f"--{flag} judges drafters that are models, `adaptive` is none; give one of them")
+    for line, ask in zip(lines, asks, strict=True):
+        if isinstance(ask, Ask) and ask.request.route != ADAPTIVE:
+            said = "other lines ask for `adaptive`, which drafts for all prompts of a job or for none"
+            raise UserError(f"{line.source}: {said}; give --drafter adaptive and no drafter here, or two jobs")
+
+
+def begun(pool: Pool, output: Path, begin: str, lines: Sequence[Line | Fault], asks: Sequence[Ask | str]) -> Tables:
+    """The tables, with what the records that are written already have taught."""
+    tables, known = Tables(pool, output, begin), {}
+    for number, line in enumerate(lines):
+        known.setdefault(line.id, []).append(number)
+    for record in map(json.loads, output.read_bytes().splitlines()):
+        ask = asks[known[record["id"]].pop(0)]  # of an id that is there twice the first comes first
+        if isinstance(ask, Ask):
+            tables.saw(ask.request.ids, record["token_ids"])
+    return tables
