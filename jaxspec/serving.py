@@ -261,7 +261,8 @@ def two_best(pool: Pool, slots: int) -> Method:
         return (both == np.stack([first, second], axis=1)[:, None]).all(-1).argmax(-1), None
 
     def params(routes: np.ndarray) -> TwoDrafters:
-        return TwoDrafters(*(own(each) for each in both[routes].T), table)
+        first, second = (own(each) for each in both[routes].T)
+        return TwoDrafters(first, second, table)
 
     return Method("merged-trees-two-best", _classifier(pool, choose), params)
 

@@ -12,6 +12,7 @@ import jaxspec
 from decode import generate
 from jaxspec import serving, trigrams
 from jaxspec.config import command_line
+from jaxspec.store.pool import load_pool
 from jaxspec.store.stages import read_arrays, write_arrays
 
 ADAPTIVE = ("--drafter", "adaptive")
@@ -176,8 +177,19 @@ def test_a_drafter_of_the_job_serves_the_lines_that_name_none(job, lines):
 
 @pytest.mark.slow
 def test_in_the_library_tables_draft_on_request(loaded):
-    prompts, settings = ["stir the onion", "hoist our anchor"], {"max_new_tokens": 20, "batch": 2, "temperature": 0.5}
+    prompts, settings = ["stir the onion", "hoist our anchor"], {"max_new_tokens": 60, "batch": 2, "temperature": 0.05}
     own = list(jaxspec.generate(loaded, prompts, drafter="adaptive", **settings))
     plain = jaxspec.generate(loaded, prompts, acceptance="gumbel", **settings)
     assert [one.token_ids for one in own] == [one.token_ids for one in plain]
     assert {one.drafter for one in own} == {"adaptive"} and sum(one.num_accepted_tokens for one in own) > 0
+
+
+@pytest.mark.slow
+def test_on_a_mesh_tables_draft_the_same(job, whole, monkeypatch):
+    """What is learnt there stays where the programs want it: nothing compiles again."""
+    compiled = []
+    monkeypatch.setattr(generate, "load_pool", load_pool)
+    monkeypatch.setattr(generate, "explain", lambda engine: compiled.extend(engine.compiled))
+    other = job("mesh.jsonl", *ADAPTIVE, "--explain", "--mesh.data", 2, "--mesh.model", 2, batch=4)
+    assert texts(other) == texts(whole)
+    assert len([own for own in compiled if own.name == "chunk"]) <= 2  # of tables as read, and as learnt
