@@ -28,16 +28,16 @@ from decode.kept import Kept
 from decode.unexplained import Watch
 from jaxspec import recording, serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
-from jaxspec.engine import Engine
+from jaxspec.engine import Engine, Method
 from jaxspec.experience import Experience
 from jaxspec.plan import GIB, Load, device_memory, fit, table
 from jaxspec.reliability import Reliability
 from jaxspec.requests import MAX_DRAFT, SETTINGS, Request, bucket_of, checked
-from jaxspec.store.families import options
+from jaxspec.store.families import drafter_name, options, routes_outside
 from jaxspec.store.huggingface import read_config, read_tokenizer
 from jaxspec.store.models import encode
 from jaxspec.store.parts import alone, merge, own_rows, part_file, same_job, unfinished
-from jaxspec.store.pool import Pool, draft_length, find_pool, load_pool
+from jaxspec.store.pool import Pool, digest_of_added, draft_length, find_pool, load_pool
 from jaxspec.store.prompts import Fault, Line, read_lines
 from jaxspec.store.recalibration import elsewhere
 from jaxspec.text import Ask, Completion, drafter_named, nodes_of_tables, room_for, serve
@@ -144,7 +144,7 @@ def run(config: Generate) -> None:
         print(f"generate: {said}", file=sys.stderr)
     with open(output, "ab") as out, preemptible() as preempted:
         alone(out, output)
-        same_job(output, _settings(config, known, asks))
+        same_job(output, _settings(config, known, asks) | _by_lines(config, known, asks))
         answered, size = _resume(config, output, lines[own.start : own.stop])
         os.truncate(output, size)
         watch, kept = Watch(pool, output), Kept(pool, output, config.replay or 0)
@@ -236,6 +236,19 @@ def _settings(config: Generate, known: _Known, asks: Sequence[Ask | str]) -> dic
     return same | programs | {"device": jax.devices()[0].device_kind}
 
 
+def _by_lines(config: Generate, known: _Known, asks: Sequence[Ask | str]) -> dict[str, Any]:
+    """What the records depend on where lines name drafters that were added; None as in jobs that could not."""
+    named = [drafter_name(known.facts, route) for route in _outside(known.facts, asks)]
+    added = {name: digest_of_added(Path(config.pool), name) for name in named if name in known.facts["added"]}
+    return {"added": added or None}
+
+
+def _outside(facts: Mapping[str, Any], asks: Sequence[Ask | str]) -> list[int]:
+    """The whole drafters that lines name, by their routes: rows of those that the bank has cannot have them."""
+    routes = {ask.request.route for ask in asks if isinstance(ask, Ask)}
+    return sorted(route for route in routes_outside(facts).values() if route in routes)
+
+
 def _pool(config: Generate, known: _Known, asks: Sequence[Ask | str], mesh: jax.sharding.Mesh | None) -> Pool:
     """The pool, once it is known that it fits."""
     facts, target, draft = known.facts, known.target, known.draft
@@ -252,7 +265,7 @@ def _pool(config: Generate, known: _Known, asks: Sequence[Ask | str], mesh: jax.
         dtype=dtype,
         tasks=tasks,
         rank=facts["rank"] if lora else 0,
-        drafters=whole + merged,
+        drafters=whole + merged + len(_outside(facts, asks)),
         drafter_caches=tasks + 3 if config.online else 1,  # of all, and a row's own
         logprobs=config.logprobs,
         prefill_rows=-(-config.admit_rows // config.mesh.data) * config.mesh.data,  # rows that do not divide are whole
@@ -353,29 +366,46 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
         admit_rows=config.admit_rows,
         recorder=recording.together(*recorders) if recorders else recording.NOTHING,
     )
-    named = any(isinstance(ask, Ask) and ask.request.route is not None for ask in job.asks)
+    outside = [] if config.online else _outside(pool.facts, job.asks)
+    route_of = lambda i: ask.request.route if isinstance(ask := job.asks[i], Ask) else None
+    named = any(route_of(i) is not None and route_of(i) not in outside for i in range(len(job.asks)))
     # Of one length the choice is the same for any batch, as the records must be.
     among = options(pool.facts, length, config.batch)
     chosen = lambda: serving.chosen(pool, config.batch, among, bank=named)
     method = job.tables.method if job.tables else serving.hedging(pool, config.batch) if config.online else chosen()
-    asks = [ask for i in todo if isinstance(ask := job.asks[i], Ask)]
+    for route in outside:  # first, so that what was ready long ago waits for none of these
+        if rows := [i for i in todo if route_of(i) == route]:
+            yield from _served(job, engine, serving.outside(pool, route, config.batch, method), rows)
+            engine.release()
     trust = Reliability(pool.facts, length)
     method = trust.over(method) if config.reliability else job.experience.over(method) if job.experience else method
-    for piece in serve(pool, engine, method, asks, rounds=ROUNDS):
-        own = piece.completion
-        if own and job.experience:
-            _remember(job.experience, pool, vars(own))
-        request = asks[piece.index].request
-        if own and job.tables:
-            job.tables.saw(request.ids, own.token_ids)
-        if own and own.task and request.draft_limit >= length and request.temperature == 0:  # as calibration was
-            rounds, tokens = own.num_drafts, len(own.token_ids)
-            trust.saw(pool.names.index(own.drafter), pool.tasks.index(own.task), rounds, tokens)
-        yield (todo[piece.index], own) if own else None
+    for found in _served(job, engine, method, [i for i in todo if route_of(i) not in outside]):
+        if found:
+            _learn(job, trust, length, *found)
+        yield found
     if config.reliability and (failed := [pool.names[route] for route in trust.left_out()]):
         print(f"generate: {', '.join(failed)} had less accepted than {pool.names[-1]} would; left out", file=sys.stderr)
     if config.explain:
         explain(engine)
+
+
+def _served(job: _Job, engine: Engine, method: Method, rows: Sequence[int]) -> Iterator[tuple[int, Completion] | None]:
+    """(prompt's number, completion) of these rows; None where rows only went on."""
+    asks = [ask for i in rows if isinstance(ask := job.asks[i], Ask)]
+    for piece in serve(job.pool, engine, method, asks, rounds=ROUNDS):
+        yield (rows[piece.index], piece.completion) if piece.completion else None
+
+
+def _learn(job: _Job, trust: Reliability, length: int, i: int, own: Completion) -> None:
+    """Learns of a text who should begin others, and who can be relied on."""
+    pool, ask = job.pool, job.asks[i]
+    if job.experience:
+        _remember(job.experience, pool, vars(own))
+    if job.tables and isinstance(ask, Ask):
+        job.tables.saw(ask.request.ids, own.token_ids)
+    if isinstance(ask, Ask) and own.task and ask.request.draft_limit >= length and ask.request.temperature == 0:
+        rounds, tokens = own.num_drafts, len(own.token_ids)  # as calibration was
+        trust.saw(pool.names.index(own.drafter), pool.tasks.index(own.task), rounds, tokens)
 
 
 def _remembered(config: Generate, pool: Pool, output: Path) -> Experience | None:
@@ -467,6 +497,7 @@ def _ask(config: Generate, known: _Known, number: int, line: Line | Fault) -> As
         own["draft_limit"] = MAX_DRAFT if most is None else most
         named = line.settings.get("drafter")
         own["route"] = drafter_named(known.facts, (config.drafter or None) if named is None else named)
+        _check_online(config, known.facts, own["route"])
     except UserError as error:
         raise UserError(f"{line.source}: {error}") from error
     stops = line.settings.get("stop") or []
@@ -481,6 +512,16 @@ def _ask(config: Generate, known: _Known, number: int, line: Line | Fault) -> As
     if len(ids) > room:
         return f"prompt of {len(ids)} tokens is longer than {room}, the models' positions less max_new_tokens"
     return Ask(Request(ids=ids, number=_stream_of(line, number), **own), tuple(stops))
+
+
+def _check_online(config: Generate, facts: Mapping[str, Any], route: int | None) -> None:
+    """Refuses a line's drafter that is none of those that rows change between, see `serving.candidates`."""
+    others = routes_outside(facts)
+    name = next((name for name, own in others.items() if own == route and name != "mixed"), None)
+    if config.online and name:
+        raise UserError(
+            f"no row can begin with the drafter {name!r} where rows change theirs; name a task or mixed, or leave out --online"
+        )
 
 
 def _stream_of(line: Line, number: int) -> int:

@@ -18,7 +18,7 @@ from jaxspec.engine import Engine, Method, Routes
 from jaxspec.plan import GIB, Load
 from jaxspec.requests import Request, checked
 from jaxspec.store.families import options
-from jaxspec.store.pool import Pool, calibration, drafter_names, tokens_a_round, widen
+from jaxspec.store.pool import Pool, calibration, drafter_names, measured_names, tokens_a_round, widen
 from jaxspec.timing import timed
 
 SAMPLE, TOKENS, PASSES = 4, 32, 2  # prompts a slot, tokens of each and passes by which rounds are timed
@@ -107,7 +107,7 @@ def _one_engine(
     further, among = pool.facts["further"], options(pool.facts)
     drafting = tuple(k for k in lengths if k)
     families = (("", tuple(lengths)), *((name, drafting) for name in further))
-    sizes = [len(pool.names), *(len(own["acceptance_length"]) for own in further.values())]
+    sizes = [len(measured_names(pool.facts)), *(len(own["acceptance_length"]) for own in further.values())]
     own = serving.chosen(pool, 1, among._replace(families=families, family=np.repeat(np.arange(len(sizes)), sizes)))
     first = dict(zip([name for name, _ in families], np.cumsum([0, *sizes]).tolist(), strict=False))
     engine = serving.choosing(pool, families, rule, **shape)

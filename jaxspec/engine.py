@@ -318,6 +318,10 @@ class Engine:
         for kind, state in self._states.items():
             self._states[kind] = self._call("halt", "", state, np.zeros(self.slots, bool))
 
+    def release(self) -> None:
+        """Gives back the slots' memory, which is kept from call to call for every kind of parameters."""
+        self._states.clear()
+
     def _call(self, name: str, shape: str, *arguments, programs: Programs | None = None):
         """Calls a program, and takes down what it compiles."""
         program = getattr(programs or self.programs, name)

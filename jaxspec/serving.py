@@ -39,10 +39,10 @@ from jaxspec.layouts import blocks_pay
 from jaxspec.requests import MAX_DRAFT
 from jaxspec.router import RouterParams
 from jaxspec.sharding import over
-from jaxspec.store.families import NGRAM, Options, companion
+from jaxspec.store.families import NGRAM, Options, companion, drafter_name
 from jaxspec.store.features import Learnt
 from jaxspec.store.huggingface import Model
-from jaxspec.store.pool import Pool
+from jaxspec.store.pool import Pool, measured_names
 from jaxspec.target import lm_target
 from jaxspec.transformer import NARROW, LMConfig, abstract, lay_out, least_columns
 from jaxspec.types import Drafter
@@ -339,9 +339,14 @@ def chosen(pool: Pool, slots: int, among: Options, *, bank: bool = False) -> Met
     )
 
 
+def outside(pool: Pool, route: int, slots: int, method: Method) -> Method:
+    """A whole drafter for every row, whose bank has it not; what is said of the prompts is the method's."""
+    return always(pool, drafter_name(pool.facts, route), slots)._replace(route=method.route)
+
+
 def _of_families(pool: Pool, slots: int, among: Options) -> Callable[[np.ndarray], Any]:
     """Routes -> parameters of the drafters of their family."""
-    own, number = adapted(pool, slots), len(pool.names)
+    own, number = adapted(pool, slots), len(measured_names(pool.facts))
 
     def params(routes: np.ndarray) -> Any:
         route = int(routes[0])

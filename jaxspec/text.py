@@ -18,7 +18,7 @@ from jaxspec.engine import FOREVER, Engine, Method
 from jaxspec.requests import MAX_DRAFT, SETTINGS, Request, bucket_of, checked, room_of
 from jaxspec.requests import Completion as Row
 from jaxspec.router import ADAPTIVE, TRUNK
-from jaxspec.store.families import drafter_name, options
+from jaxspec.store.families import drafter_name, options, routes_outside
 from jaxspec.store.models import encode
 from jaxspec.store.pool import Pool, draft_length, drafter_names
 from jaxspec.store.prompts import Line
@@ -35,8 +35,8 @@ class Completion:
 
     text: without special tokens, cut before a stop string; token_ids: to the token that ended it, that one included.
     finish_reason: `stop` (a stop token or string) or `length`.
-    task: the router's likeliest task; route_confidence: of that task; drafter: who drafted, one of `Pool.names` or of a
-    further family.
+    task: the router's likeliest task; route_confidence: of that task; drafter: who drafted, one of `Pool.names`, of
+    `Pool.added` or of a further family.
     num_drafts: target calls after prefill; num_draft_tokens, num_accepted_tokens: of whole blocks, as vLLM counts them;
         num_accepted_tokens_per_pos: accepted by place in the block, up to where the text ends.
     logprobs: the target's log probability of each token, in nats: as it is, and after temperature, top-k and top-p.
@@ -118,7 +118,7 @@ def serve(pool: Pool, engine: Engine, method: Method, asks: Sequence[Ask], *, ro
 
 
 def drafter_named(facts: dict[str, Any], name: Any) -> int | None:
-    """The route that a name asks for: a task, its label, what adapters belong on (`base`, or `trunk`), or `adaptive`.
+    """The route that a name asks for: a task, its label, a whole drafter of the pool or added to it, or `adaptive`.
 
     None for None, which leaves it to the router.
     """
@@ -126,7 +126,8 @@ def drafter_named(facts: dict[str, Any], name: Any) -> int | None:
         return None
     by_size = sorted(range(len(facts["tasks"])), key=lambda task: facts["sizes"][task])
     labels = {label: task for task in by_size if (label := facts["labels"][task])}  # the largest has the name
-    names = {drafter_names(facts)[-1]: TRUNK, **labels, **{task: i for i, task in enumerate(facts["tasks"])}}
+    whole = {drafter_names(facts)[-1]: TRUNK, **routes_outside(facts)}
+    names = {**whole, **labels, **{task: i for i, task in enumerate(facts["tasks"])}}
     names.setdefault("adaptive", ADAPTIVE)
     if not isinstance(name, str) or name not in names:
         raise UserError(f"no drafter {name!r} in this pool; it has {', '.join(map(str, names))}")
@@ -234,7 +235,7 @@ def _pieces(
     if unknown:
         raise UserError(f"unknown setting {min(unknown)!r}; see the documentation of jaxspec.generate")
     own = {name: checked(name, value) for name, value in {"max_new_tokens": max_new_tokens, **settings}.items()}
-    own["route"] = drafter_named(pool.facts, drafter)
+    own["route"] = route = drafter_named(pool.facts, drafter)
     asks = [
         Ask(Request(ids=_ids(pool, number, prompt, max_new_tokens), number=number, **own), stops)
         for number, prompt in enumerate(prompts)
@@ -249,6 +250,8 @@ def _pieces(
     among = options(pool.facts, num_speculative_tokens, batch)
     engine = engine_of(pool, among.families, rule_for(requests, acceptance), *shape)
     method = serving.chosen(pool, batch, among, bank=drafter is not None)
+    if route is not None and route in routes_outside(pool.facts).values():
+        method = serving.outside(pool, route, batch, method)
     return serve(pool, engine, method, asks, rounds=rounds)
 
 

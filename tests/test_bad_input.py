@@ -203,6 +203,17 @@ def test_a_log_that_is_not_there(refused, preset, tmp_path, argv, parts):
         ("align", ["--align.learning-rates"], ["--align.learning-rates is empty", "at least one"]),
         ("calibrate", ["--calibrate.lengths", "2", "17"], ["(2, 17)", "between 0 and 16"]),
         ("calibrate", ["--calibrate.lengths"], ["--calibrate.lengths is empty", "at least one"]),
+        (
+            "calibrate",
+            ["--calibrate.further", "mine"],
+            ["--calibrate.further 'mine'", "added to a pool (--pool", "ngram, NAME=POOL"],
+        ),
+        (
+            "calibrate",
+            ["--calibrate.further", "mine=tests"],
+            ["mine=tests", "is not a pool (it has no manifest.json) and no drafter", "give OUT/pool"],
+        ),
+        ("calibrate", ["--calibrate.further", "tree=tests"], ["tree=", "has that name already", "another"]),
         ("align", ["--align.trunk", "1.5"], ["--align.trunk 1.5", "from 0 to 1"]),
         ("partition", ["--partition.min-clusters", "9", "--partition.max-clusters", "4"], ["min_clusters 9", "lower"]),
         ("partition", ["--partition.num-clusters", "49"], ["num_clusters 49", "the 48 prompts", "lower it"]),
@@ -219,6 +230,14 @@ def test_a_setting_that_will_not_do(refused, preset, out_with, stage, argv, part
     assert_says(refused(stage, "--config", preset, "--out", out, *argv), *parts)
     after = bytes_of(out)
     assert {file: after[file] for file in before} == before
+
+
+def test_a_family_of_another_tokenizer_is_told_before_anything_is_written(refused, preset, out_with, own):
+    conftest.make_tokenizer("quite other words than the log has").save_pretrained(own.draft)
+    out = out_with("trace", "partition", "align", "router")
+    sentence = refused("calibrate", "--config", preset, "--out", out, "--calibrate.further", f"mine={own.draft}")
+    assert_says(sentence, "the tokenizers differ", own.draft, "the target's own tokenizer")
+    assert [file.name for file in (out / "pool").iterdir()] == ["claim.json"]
 
 
 @pytest.mark.parametrize(
@@ -449,6 +468,12 @@ def test_a_line_that_asks_for_what_is_not_there(refused, pool, in_memory, tmp_pa
     sentence = refused("generate", *job(pool, file, tmp_path / "out.jsonl"))
     assert_says(sentence, f"{file}, line 2", *parts)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_line_that_names_what_rows_do_not_change_between(refused, pool, in_memory, tmp_path):
+    file = prompts_file(tmp_path, {"prompt": "stir", "drafter": "mixed"}, {"prompt": "bake", "drafter": "base"})
+    sentence = refused("generate", *job(pool, file, tmp_path / "out.jsonl", "--online"))
+    assert_says(sentence, f"{file}, line 2", "the drafter 'base'", "leave out --online")
 
 
 def test_an_output_that_another_program_wrote_is_left_as_it_is(refused, pool, in_memory, tmp_path):

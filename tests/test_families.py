@@ -1,6 +1,7 @@
 """One prompt at a time a pool chooses among families of drafters: its own, n-gram lookup, another pool of its target."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from jaxspec.drafters import ngram_drafter
 from jaxspec.engine import Method, unrouted
 from jaxspec.requests import MAX_DRAFT, Request
 from jaxspec.router import TRUNK
-from jaxspec.store.families import companion, drafter_name, options
-from jaxspec.store.pool import BANK, MIXED, calibration, load_pool
+from jaxspec.store.families import companion, drafter_name, options, routes_outside
+from jaxspec.store.pool import BANK, MIXED, calibration, digest_of_added, extra_file, load_pool
 from jaxspec.store.stages import read_arrays
 from jaxspec.store.traces import read_traces
 from jaxspec.store.trees import write_tree
+from jaxspec.text import generate
 from tests.test_rivals import change
 from train import calibrate
 
@@ -66,6 +68,75 @@ def test_what_every_family_would_have_had_accepted_is_measured(calibrated, finis
         assert (found and found[2]) == (forced.acceptance_length(runs, 2) if len(rows) else None)
     for own in further.values():
         assert own["calibration"].keys() == {"1", "2"} and own["calibration"]["2"]["round_milliseconds"] > 0
+
+
+@pytest.fixture(scope="module")
+def grown(finished, calibrated, perfect, world, tmp_path_factory):
+    """To calibrate a finished pool that was given two drafters, with one of them and the target's folder."""
+    folder = tmp_path_factory.mktemp("grown") / "pool"
+    shutil.copytree(calibrated.path, folder)
+    write_tree(extra_file(folder, "mine"), calibrated.drafter("task 1"))
+    write_tree(extra_file(folder, "unmeasured"), calibrated.mixed)
+    further = ("ngram", f"big={perfect}", "mine", f"alone={world.target}")
+    return again(finished, folder, further, tmp_path_factory.mktemp("larger"))
+
+
+def again(finished, folder: Path, further: tuple[str, ...], out: Path):
+    spec = dataclasses.replace(finished.calibrate, further=further)
+    return dataclasses.replace(finished, pool=str(folder), out=str(out), calibrate=spec)
+
+
+@pytest.fixture(scope="module")
+def larger(grown):
+    calibrate.run(grown)
+    return load_pool(str(Path(grown.out, "pool")))
+
+
+def test_a_finished_pool_is_calibrated_with_what_was_added(calibrated, grown, larger, capsys):
+    own, before = larger.facts["acceptance_length"], calibrated.facts["acceptance_length"]
+    assert own == before | {"mine": before["task 1"]} and list(larger.facts["further"]) == ["ngram", "big", "alone"]
+    alone, big = (larger.facts["further"][name]["acceptance_length"] for name in ("alone", "big"))
+    assert alone == {"alone": big["big/base"]}  # both are the target
+    assert larger.facts["added"] == {"mine": digest_of_added(larger.path, "mine"), "unmeasured": ""}
+    assert options(larger.facts).names == (*larger.names, "mine", "ngram", *big, "alone")
+    assert [drafter_name(larger.facts, route) for route in routes_outside(larger.facts).values()] == [
+        "mixed", "base", "mine", "unmeasured"
+    ]  # fmt: skip
+    calibrate.run(grown)
+    assert "pool complete" in capsys.readouterr().out
+
+
+def test_the_pool_chooses_what_was_added_and_a_drafter_in_a_folder(larger, world):
+    best = {0: ("mine", 2), 1: ("alone", 2), 2: ("mixed", 1)}
+    pool = knowing(larger, best)
+    prompts = [json.loads(file.read_text().splitlines()[0])["prompt"] for file in sorted(world.prompts.iterdir())]
+    done = list(generate(pool, prompts, batch=1, max_new_tokens=12))
+    assert [own.drafter for own in done] == [best[pool.tasks.index(own.task)][0] for own in done]
+    assert {own.drafter for own in done} == {"mine", "alone", "mixed"}
+    plain = generate(pool, prompts, batch=1, max_new_tokens=12, num_speculative_tokens=0)
+    assert [own.token_ids for own in done] == [own.token_ids for own in plain]
+    counted = lambda own: (own.num_draft_tokens, own.num_accepted_tokens)
+    for own, prompt in zip(done, prompts, strict=True):
+        if own.drafter == "alone":  # the target drafts
+            assert own.num_accepted_tokens == own.num_draft_tokens > 0
+        if own.drafter == "mine":
+            [same] = generate(pool, [prompt], batch=1, max_new_tokens=12, drafter="task 1", num_speculative_tokens=2)
+            assert counted(own) == counted(same)
+
+
+def test_a_drafter_that_has_changed_is_not_chosen_until_it_is_measured_again(finished, larger, tmp_path):
+    route = options(larger.facts).names.index("mine")
+    file = extra_file(larger.path, "mine")
+    before = file.read_bytes()
+    write_tree(file, larger.drafter("task 2"))
+    with pytest.raises(UserError, match=r"mine\.safetensors has changed since .*`python -m train\.calibrate --pool"):
+        larger.weights(route)
+    calibrate.run(again(finished, larger.path, ("mine",), tmp_path))
+    found = load_pool(str(tmp_path / "pool"))
+    assert found.facts["acceptance_length"]["mine"] == larger.facts["acceptance_length"]["task 2"]
+    assert found.weights(found.names.index("task 2")) is not None
+    assert found.weights(options(found.facts).names.index("mine")) is not None
+    file.write_bytes(before)
 
 
 def knowing(pool, best: dict[int, tuple[str, int]]):
@@ -151,7 +222,9 @@ def test_a_companion_that_has_changed_is_refused(calibrated, tmp_path):
         companion(pool, "big")
 
 
-@pytest.mark.parametrize("further", [("big",), ("ngram", "ngram=x"), ("a=x", "a=y"), ("ngram", "ngram")])
+@pytest.mark.parametrize(
+    "further", [("big",), ("ngram", "ngram=x"), ("a=x", "a=y"), ("ngram", "ngram"), ("mixed=x",), ("mixed",)]
+)
 def test_families_need_a_form_and_a_name_of_their_own(finished, out_with, further):
     out = out_with("trace", "partition", "align", "router")
     spec = dataclasses.replace(finished.calibrate, further=further)

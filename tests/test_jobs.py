@@ -1,5 +1,6 @@
 """A batch job is hard to lose work in: cut off anywhere and given again, it answers every prompt exactly once."""
 
+import dataclasses
 import functools
 import io
 import itertools
@@ -8,17 +9,21 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import conftest
+import jax
+import jax.numpy as jnp
 import pytest
 
 from decode import generate
 from jaxspec import serving
 from jaxspec.config import command_line
-from jaxspec.store.pool import load_pool
+from jaxspec.store.pool import extra_file, load_pool
+from jaxspec.store.trees import write_tree
 
 ORDERS = ("input", "completed")
 
@@ -448,3 +453,72 @@ def test_a_line_says_how_many_tokens_are_drafted_for_it(pool, tmp_path):
     none, *some = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert none["num_draft_tokens"] == 0 and none["num_drafts"] == len(none["token_ids"])
     assert all(own["token_ids"] == none["token_ids"] and own["num_draft_tokens"] > 0 for own in some)
+
+
+# Lines that name their drafter
+
+
+@pytest.fixture(scope="module")
+def named(pool, loaded, tmp_path_factory):
+    """A pool with a copy of a specialist and its opposite added, prompts without a wish, and the same asked of all drafters."""
+    folder = tmp_path_factory.mktemp("named")
+    shutil.copytree(pool, folder / "pool")
+    write_tree(extra_file(folder / "pool", "mine"), loaded.drafter("task 1"))
+    opposite = loaded.drafter("task 1") | {"norm": jax.tree.map(jnp.negative, loaded.trunk["norm"])}
+    write_tree(extra_file(folder / "pool", "opposite"), opposite)
+    prompts = ["stir the garlic soup", "hoist our anchor before the wind", "prove every prime ideal"]
+    lines = [{"id": f"{i}", "prompt": prompt, "max_new_tokens": 9} for i, prompt in enumerate(prompts)]
+    wished = [own | {"id": f"{own['id']} {who}", "drafter": who} for own in lines for who in WISHES]
+    for name, own in (("plain", lines), ("both", [*wished[:4], *lines, *wished[4:]])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own))
+    return folder, load_pool(str(folder / "pool"))
+
+
+WISHES = ("task 1", "mine", "opposite", "mixed", "base", "trunk")
+
+
+def records_of(named, name: str, *argv) -> tuple[Path, dict[str, dict]]:
+    folder, own = named
+    output = folder / f"{name}-{'-'.join(map(str, argv))}.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "load_pool", lambda *paths, **places: own)
+        call("--pool", folder / "pool", "--input", folder / f"{name}.jsonl", "--output", output, *argv)
+    return output, {line["id"]: line for line in map(json.loads, output.read_text().splitlines())}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_line_has_the_drafter_that_it_names_and_the_others_records_stay(named, batch):
+    _, plain = records_of(named, "plain", "--batch", batch)
+    output, both = records_of(named, "both", "--batch", batch)
+    lines = [json.loads(line)["id"] for line in (named[0] / "both.jsonl").read_text().splitlines()]
+    assert list(both) == lines
+    counts = lambda own: {name: value for name, value in own.items() if name not in ("id", "drafter")}
+    for i, own in plain.items():
+        wished = {who: both[f"{i} {who}"] for who in WISHES}
+        assert [record["drafter"] for record in wished.values()] == list(WISHES)
+        assert {record["text"] for record in wished.values()} == {own["text"]} == {both[i]["text"]}
+        assert {record["task"] for record in wished.values()} == {own["task"]}
+        assert counts(wished["mine"]) == counts(wished["task 1"])
+        assert 0 == wished["opposite"]["num_accepted_tokens"] < wished["task 1"]["num_accepted_tokens"]
+    whole = output.read_bytes()
+    output.write_bytes(whole[: len(whole) // 2])
+    assert records_of(named, "both", "--batch", batch)[0].read_bytes() == whole
+
+
+def test_lines_that_name_a_whole_drafter_do_not_change_who_serves_the_others(named):
+    """Calibration may give all rows to `mixed`; a line that needs the bank prevents that, these do not."""
+    folder, own = named
+    facts = own.facts | {"acceptance_length": own.facts["acceptance_length"] | {"mixed": [[9.0] * 17] * 3}}
+    lines = [{"id": str(i), "prompt": "stir the soup", "drafter": who} for i, who in enumerate(("mine", None))]
+    (folder / "united.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, found = records_of((folder, dataclasses.replace(own, facts=facts)), "united", "--batch", 2)
+    assert [record["drafter"] for record in found.values()] == ["mine", "mixed"]
+
+
+def test_a_named_drafter_that_has_changed_is_not_gone_on_with(named, loaded, capsys):
+    output, _ = records_of(named, "both", "--batch", 2)
+    output.write_bytes(output.read_bytes()[:200])
+    write_tree(extra_file(named[0] / "pool", "mine"), loaded.drafter("task 2"))
+    with pytest.raises(SystemExit):
+        records_of(named, "both", "--batch", 2)
+    assert "was begun with added {'mine'" in capsys.readouterr().err

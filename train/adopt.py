@@ -3,7 +3,8 @@
     python -m train.adopt --pool runs/testbed/pool --adapter DIR --name mine
 
 It is merged into the model that it was trained on: the pool's base drafter, or its trunk. `decode.bench --methods mine` then
-measures it like any other.
+measures it like any other, and a job's line may name it. A pool that `train.calibrate --pool POOL
+--calibrate.further mine` makes may choose it, one prompt at a time.
 """
 
 import re
@@ -43,7 +44,7 @@ def run(config: Adopt) -> None:
         raise UserError(f"--name {config.name!r} will not do; give small letters, digits and dashes")
     pool = load_pool(config.pool, target=config.target, draft=config.draft)
     file = extra_file(pool.path, config.name)
-    if file.exists() or config.name in (*METHODS, *pool.names, "trunk"):
+    if file.exists() or config.name in (*METHODS, *pool.names, "trunk", *pool.facts["further"]):
         raise UserError(f"--name {config.name!r}: the pool or bench has that name already; give another")
     on = pool.drafter(config.onto)
     bank = read_adapter(Path(config.adapter), on)

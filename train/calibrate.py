@@ -9,8 +9,8 @@ many slots as jobs will have (on a mesh, on each part of the rows), with each nu
 and the number with the most tokens per second is the pool's, for each of several `--calibrate.slots`. It is 0 where
 speculation does not pay.
 What every drafter would have had accepted there, at any number, follows from one pass over the target's texts; a task whose
-adapter gains nothing is served by what adapters belong on. `--calibrate.further ngram NAME=POOL` measures other families of
-drafters beside the pool's own.
+adapter gains nothing is served by what adapters belong on. `--calibrate.further ngram NAME=POOL NAME=DRAFTER` measures other
+families of drafters beside the pool's own, and with `--pool` the name alone of a drafter that was added to it measures that.
 """
 
 from collections import Counter, defaultdict
@@ -27,15 +27,18 @@ from jaxspec.config import Calibrate, Experiment, UserError, command_line, plain
 from jaxspec.drafters import ngram_drafter
 from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
 from jaxspec.store.assembly import assembled
-from jaxspec.store.families import NGRAM, Place, options, place
+from jaxspec.store.families import NGRAM, Place, beside, options, place
+from jaxspec.store.huggingface import check_same_tokenizer, read_config, read_tokenizer
 from jaxspec.store.models import Pair
 from jaxspec.store.pool import (
+    METHODS,
     Pool,
+    added_to,
     calibration,
+    digest_of_added,
     draft_length,
     drafter_names,
     find_pool,
-    load_beside,
     load_pool,
     served_by_trunk,
 )
@@ -66,7 +69,7 @@ def run(experiment: Experiment) -> None:
     stage = _open(experiment, parents, dtype=experiment.dtype)
     if stage.complete:
         return print(f"calibrate: pool complete in {stage.folder}")
-    further = _checked(experiment.calibrate)
+    further = _checked(experiment, experiment.target)
     check_models(experiment.out, target=experiment.target, draft=experiment.draft)
     traces = read_traces(experiment.out)
     partition = read_arrays(Path(experiment.out, "partition", "partition.npz"))
@@ -83,7 +86,7 @@ def _again(experiment: Experiment) -> None:
     stage = _open(experiment, {"pool": digest}, device=device_in_use())
     if stage.complete:
         return print(f"calibrate: pool complete in {stage.folder}")
-    further = _checked(experiment.calibrate)
+    further = _checked(experiment, experiment.target or facts["target"]["path"], added_to(folder))
     models = {"target": experiment.target, "draft": experiment.draft}
     pool = load_pool(experiment.pool, **models, mesh=sharding.asked(experiment.mesh))
     copy_files(folder, stage.folder, (MANIFEST, CLAIM))
@@ -100,13 +103,18 @@ def _open(experiment: Experiment, parents: dict[str, str], **known: Any) -> Stag
 def _measured(experiment: Experiment, pool: Pool, sample: Sample, further: Sequence[Place]) -> dict[str, Any]:
     """What calibration adds to the pool's facts."""
     spec = experiment.calibrate
-    others = {own.name: load_beside(own.pool, pool, own.draft) for own in further if own.pool}
+    others = {own.name: beside(own.pool, pool, own.draft) for own in further if own.pool}
     judge = _judge(pool.pair, sample, spec)
     drafters = tqdm(pool.names, desc="calibrate: acceptance", unit="drafter")
     facts: dict[str, Any] = {"calibrated": {"device": device_in_use(), "temperature": spec.temperature}}
     facts["acceptance_length"] = {name: judge.lengths(pool.drafter(name)) for name in drafters}
+    added = [own.name for own in further if not own.pool and own.name != NGRAM]
+    facts["added"] = {name: digest_of_added(pool.path, name) for name in added}
+    facts["acceptance_length"] |= {name: judge.lengths(pool.drafter(name)) for name in added}
     facts["further"] = {
-        own.name: _looked_up(judge) if own.name == NGRAM else _of_pool(own, others[own.name], judge) for own in further
+        own.name: _looked_up(judge) if own.name == NGRAM else _of_pool(own, others[own.name], judge)
+        for own in further
+        if own.name not in added
     }
     requests = _requests(experiment, sample)
     fewest, *more = _numbers_of_slots(experiment, pool)
@@ -164,16 +172,28 @@ def _with_mixed(table: dict[str, dict[int, dict]]) -> dict[int, dict]:
     }
 
 
-def _checked(spec: Calibrate) -> list[Place]:
-    """The families asked for beside the pool's own, once the draft lengths are known to do."""
+def _checked(experiment: Experiment, target: str, added: Sequence[str] = ()) -> list[Place]:
+    """The families asked for beside the pool's own, for this target, once the draft lengths are known to do."""
+    spec = experiment.calibrate
     if max(spec.lengths) > MAX_DRAFT or min(spec.lengths) < 0 or max(spec.lengths) == 0:
         raise UserError(f"calibrate.lengths {spec.lengths} must lie between 0 and {MAX_DRAFT}, one of them above 0")
-    return _further(spec)
+    return _further(experiment, added, target)
 
 
-def _further(spec: Calibrate) -> list[Place]:
-    """The families asked for beside the pool's own."""
-    found = [Place(own, "", "") if own == NGRAM else place("--calibrate.further", own) for own in spec.further]
+def _further(experiment: Experiment, added: Sequence[str], target: str) -> list[Place]:
+    """The families asked for beside the pool's own, some of them added to it; a mistake is told before anything is written."""
+    spec = experiment.calibrate
+    unknown = next((own for own in spec.further if "=" not in own and own not in (NGRAM, *added)), None)
+    if unknown:
+        where = f"was added to {experiment.pool}" if experiment.pool else "was added to a pool (--pool says which)"
+        raise UserError(
+            f"--calibrate.further {unknown!r} is no drafter that {where}; give {', '.join((*added, NGRAM))}, NAME=POOL, "
+            "NAME=POOL,DRAFT or NAME=DRAFTER"
+        )
+    found = [
+        Place(own, "", "") if own == NGRAM or own in added else place("--calibrate.further", own)
+        for own in spec.further
+    ]
     if spec.further and min(spec.slots) > 1:
         raise UserError(
             f"--calibrate.slots {' '.join(map(str, spec.slots))} with --calibrate.further: families are chosen among one "
@@ -183,9 +203,27 @@ def _further(spec: Calibrate) -> list[Place]:
     if len(names) > len(set(names)):
         raise UserError(f"--calibrate.further {' '.join(spec.further)}: every family needs a name of its own")
     for own in found:
+        if own.pool and own.name in (*METHODS, "trunk", *added):
+            raise UserError(
+                f"--calibrate.further {own.name}=...: the pool or bench has that name already; give another"
+            )
         if own.pool:
-            find_pool(own.pool)  # a mistake is told before anything is written
+            _check_place(own, target)
     return found
+
+
+def _check_place(own: Place, target: str) -> None:
+    """Refuses what is no pool and no drafter of the target's tokenizer."""
+    if own.draft or Path(own.pool, MANIFEST).exists():
+        find_pool(own.pool)
+    elif Path(own.pool, "config.json").exists():
+        read_config(own.pool)
+        check_same_tokenizer(read_tokenizer(target), read_tokenizer(own.pool), target, own.pool)
+    else:
+        raise UserError(
+            f"--calibrate.further {own.name}={own.pool}: {own.pool!r} is not a pool (it has no {MANIFEST}) and no drafter (it "
+            "has no config.json); give OUT/pool of another run or a Hugging Face folder"
+        )
 
 
 def _looked_up(judge: forced.Judge) -> dict:
@@ -197,7 +235,8 @@ def _looked_up(judge: forced.Judge) -> dict:
 def _of_pool(own: Place, pool: Pool, judge: forced.Judge) -> dict:
     """What the facts say of another pool's drafters, their rounds aside."""
     drafters = tqdm(pool.names, desc=f"calibrate: acceptance of {own.name}", unit="drafter")
-    accepted = {f"{own.name}/{name}": judge.of(pool.pair).lengths(pool.drafter(name)) for name in drafters}
+    said = lambda name: f"{own.name}/{name}" if pool.tasks else own.name  # a drafter in a folder is its family
+    accepted = {said(name): judge.of(pool.pair).lengths(pool.drafter(name)) for name in drafters}
     where = {"pool": str(pool.path.resolve()), "draft": own.draft and str(Path(own.draft).resolve())}
     return {**where, "digest": pool.digest, "acceptance_length": accepted}
 
@@ -241,7 +280,7 @@ def _ways(
     for k in drafting if looks_up else ():
         ways[NGRAM, k] = serving.looking_up(pool, k, rule, **shape), serving.always(pool, NGRAM, slots)
     for name, other in others.items():
-        method = serving.always(other, UNITED, slots)  # a round takes as long with any of its drafters
+        method = serving.always(other, other.names[-1], slots)  # a round takes as long with any of its drafters
         ways |= {(name, k): (serving.speculative(other, k, rule, **shape), method) for k in drafting}
     return ways
 

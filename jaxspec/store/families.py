@@ -1,12 +1,14 @@
 """Families of drafters that a pool chooses among, one prompt at a time: its own, n-gram lookup, other pools of its target.
 
-A family has one shape and one state. What its drafters would have had accepted on the pool's tasks, and what its rounds take
+A family has one shape and one state. Drafters that were added to the pool have its own; a drafter in a folder is a family of
+one. What its drafters would have had accepted on the pool's tasks, and what its rounds take
 on this device, is measured by `train.calibrate` and kept in the pool's facts under `further`.
 """
 
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,14 +23,20 @@ from jaxspec.store.pool import (
     drafter_names,
     expected_seconds,
     load_beside,
+    lone_drafter,
+    measured_names,
     tokens_a_round,
 )
+from jaxspec.store.stages import MANIFEST
 
 NGRAM = "ngram"
 
 
 class Place(NamedTuple):
-    """What `NAME=POOL` or `NAME=POOL,DRAFT` says: a name, a pool's folder, another place of its base drafter or none."""
+    """What `NAME=POOL` or `NAME=POOL,DRAFT` says: a name, a pool's folder, another place of its base drafter or none.
+
+    The folder may be a drafter's, too, where a family is asked for; there is none for a name of the pool's own.
+    """
 
     name: str
     pool: str
@@ -39,7 +47,7 @@ class Options(NamedTuple):
     """What may draft for a prompt.
 
     alone: whether every prompt may have a drafter and a length of its own.
-    lengths: draft lengths, ascending; names: every drafter's, the pool's own first.
+    lengths: draft lengths, ascending; names: of all that were measured, those of the pool's shape first.
     seconds: `[D, T, K]` expected seconds a token by drafter, task and length, infinite where a family does not draft so many;
     rounds where the length was asked for.
     families: (name, lengths) of those that are the fastest on some task; the first, of no name, is the pool's own.
@@ -83,7 +91,7 @@ def options(facts: Mapping[str, Any], asked: int | None = None, slots: int = 1) 
         )
         return Options(False, (k,), names, rounds, (("", (k,)),), np.zeros(len(names), int), apart)
     lengths = tuple(sorted(calibration(facts)))
-    measured = {"": (facts, names)}
+    measured = {"": (facts, tuple(measured_names(facts)))}
     measured |= {name: (own, tuple(own["acceptance_length"])) for name, own in facts["further"].items()}
     seconds = np.concatenate([expected_seconds(own, drafters, lengths) for own, drafters in measured.values()])
     owner = np.repeat(np.arange(len(measured)), [len(drafters) for _, drafters in measured.values()])
@@ -95,14 +103,21 @@ def options(facts: Mapping[str, Any], asked: int | None = None, slots: int = 1) 
     needed = [i for i, own in enumerate(wins) if own]
     families = tuple((list(measured)[i], tuple(sorted(wins[i]))) for i in needed)
     index = np.array([needed.index(i) if i in needed else -1 for i in range(len(measured))])
-    return Options(True, lengths, _all_names(facts), seconds, families, index[owner])
+    return Options(True, lengths, _measured(facts), seconds, families, index[owner])
 
 
 def drafter_name(facts: Mapping[str, Any], route: int) -> str:
-    """The name of a route's drafter; -1 is what adapters belong on."""
+    """The name of a route's drafter; -1 is what adapters belong on, and behind those that were measured are the others."""
     if route == router.ADAPTIVE:
         return "adaptive"
     return drafter_names(facts)[-1] if route < 0 else _all_names(facts)[route]
+
+
+def routes_outside(facts: Mapping[str, Any]) -> dict[str, int]:
+    """The routes of the pool's whole drafters, which its bank has not: `mixed`, a base that is not the trunk, those added."""
+    names = _all_names(facts)
+    own = [*drafter_names(facts)[len(facts["tasks"]) : -1], *facts["added"]]
+    return {name: names.index(name) for name in own}
 
 
 @lru_cache(maxsize=4)
@@ -113,7 +128,7 @@ def companion(pool: Pool, name: str) -> Pool:
         f"remove {pool.path} and run `python -m train.calibrate` again with the place of {name} in --calibrate.further"
     )
     try:
-        found = load_beside(said["pool"], pool, said["draft"])
+        found = beside(said["pool"], pool, said["draft"])
     except UserError as error:
         raise UserError(f"{name}, which {pool.path} was calibrated with, cannot be read ({error}); {again}") from error
     if found.digest != said["digest"]:
@@ -121,6 +136,16 @@ def companion(pool: Pool, name: str) -> Pool:
     return found
 
 
+def beside(path: str, pool: Pool, draft: str = "") -> Pool:
+    """Another pool of the pool's target, or a drafter of it in a folder; UserError as of `load_beside` and `lone_drafter`."""
+    alone = not (draft or Path(path, MANIFEST).exists())
+    return lone_drafter(path, pool) if alone else load_beside(path, pool, draft)
+
+
 def _all_names(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*_measured(facts), *(name for name, digest in facts["added"].items() if not digest))
+
+
+def _measured(facts: Mapping[str, Any]) -> tuple[str, ...]:
     other = [drafter for own in facts["further"].values() for drafter in own["acceptance_length"]]
-    return (*drafter_names(facts), *other)
+    return (*measured_names(facts), *other)

@@ -1,5 +1,6 @@
 """The pool: all that decoding needs. Target and base by path and digest, the adapter bank, mixed, router, calibration."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,12 +105,17 @@ class Pool:
     @property
     def added(self) -> list[str]:
         """Names of the drafters that `train.extras` and `train.adopt` have added."""
-        own = {BANK, MIXED, TRUNK_FILE, ROUTER}
-        return sorted(file.stem for file in self.path.glob("*.safetensors") if file.name not in own)
+        return added_to(self.path)
 
     def weights(self, route: int) -> dict:
-        """Weights of a route's drafter, merged."""
-        return self.drafter(self.names[route])
+        """Weights of a route's drafter, merged; UserError for one that was added and is another than was measured."""
+        name = self.names[route] if route < len(self.names) else measured_names(self.facts)[route]
+        if name in self.facts["added"] and digest_of_added(self.path, name) != self.facts["added"][name]:
+            raise UserError(
+                f"{extra_file(self.path, name)} has changed since the pool was calibrated with it; run "
+                f"`python -m train.calibrate --pool {self.path} --calibrate.further {name}` with another --out"
+            )
+        return self.drafter(name)
 
     def drafter(self, name: str) -> dict:
         """Weights of a drafter by its name: a route's, or one that `train.extras` has added."""
@@ -123,7 +129,7 @@ class Pool:
             raise UserError(
                 f"{self.path} has no drafter {name!r}; `python -m train.extras` with the pool's flags makes it"
             )
-        return _like(read_tree(file, self.pair.draft.params), self.pair.draft.params)
+        return _whole(_like(read_tree(file, self.pair.draft.params), self.pair.draft.params), self.mesh)
 
     @property
     def trigrams(self) -> trigrams.Trigrams:
@@ -149,6 +155,18 @@ def read_table(file: Path, mesh: Mesh | None = None) -> trigrams.Trigrams:
     return _whole(trigrams.Trigrams(**jax.tree.map(jnp.asarray, arrays)), mesh)
 
 
+def added_to(folder: Path) -> list[str]:
+    """Names of the drafters that were added to the pool in a folder."""
+    own = {BANK, MIXED, TRUNK_FILE, ROUTER}
+    return sorted(file.stem for file in folder.glob("*.safetensors") if file.name not in own)
+
+
+def digest_of_added(folder: Path, name: str) -> str:
+    """Identity of a drafter that was added; none of one that is gone."""
+    file = extra_file(folder, name)
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.exists() else ""
+
+
 def load_pool(path: str, *, target: str = "", draft: str = "", dtype: str = "", mesh: Mesh | None = None) -> Pool:
     """Loads a pool.
 
@@ -165,7 +183,10 @@ def load_pool(path: str, *, target: str = "", draft: str = "", dtype: str = "", 
 
 
 def find_pool(path: str) -> tuple[Path, dict, str]:
-    """A pool's folder, what its manifest says, and its digest; no weights are read."""
+    """A pool's folder, what its manifest says, and its digest; no weights are read.
+
+    `added` has the drafters that were added to the pool, by the digest that they were measured with, empty for the others.
+    """
     folder = Path(path)
     if not (folder / MANIFEST).exists():
         raise UserError(f"{path!r} is not a pool (it has no {MANIFEST}); `python -m train` makes one in OUT/pool")
@@ -177,7 +198,9 @@ def find_pool(path: str) -> tuple[Path, dict, str]:
     earlier = {"trunk": False, "specialists": "bank_lora", "training": None, "curves": None, "further": {}}
     device = manifest["device"] if "calibrate" in manifest["config"] else None
     earlier |= {"trained": None, "calibrated": {"device": device, "temperature": 0.0}}
-    return folder, _by_slots({**earlier, **manifest["results"]}), manifest["digest"]
+    added = {name: own for name, own in manifest["results"].get("added", {}).items() if own}
+    added |= {name: "" for name in added_to(folder) if name not in added}
+    return folder, _by_slots({**earlier, **manifest["results"], "added": added}), manifest["digest"]
 
 
 def _by_slots(facts: dict) -> dict:
@@ -217,8 +240,13 @@ def draft_length(facts: Mapping[str, Any], asked: int | None = None, least: int 
 
 
 def drafter_names(facts: Mapping[str, Any]) -> list[str]:
-    """A name for every route: the tasks', the control's, the base's, and the trunk's if it is not the base."""
-    return [*facts["tasks"], "mixed", "base", *(["trunk"] if facts["trunk"] else [])]
+    """A name for every route: the tasks', the control's if there is one, the base's, and the trunk's if it is not the base."""
+    return [*facts["tasks"], *(["mixed"] if facts["mixed"] else []), "base", *(["trunk"] if facts["trunk"] else [])]
+
+
+def measured_names(facts: Mapping[str, Any]) -> list[str]:
+    """The drafters of the pool's shape that were measured: every route's, and behind them those that had been added."""
+    return [*drafter_names(facts), *(name for name, digest in facts["added"].items() if digest)]
 
 
 def served_by_trunk(facts: dict) -> list[bool]:
@@ -294,6 +322,18 @@ def load_beside(path: str, other: Pool, draft: str = "") -> Pool:
     pair = other.pair if shared else with_draft(other.pair, place, other.mesh)
     _check_model("draft", pair.draft, facts, f"{path},FOLDER")
     return _with_pair(folder, facts, digest, pair, other.mesh)
+
+
+def lone_drafter(path: str, other: Pool) -> Pool:
+    """A drafter in a Hugging Face folder as a pool of no tasks, whose base it is; the target, type and mesh are the other's.
+
+    Raises:
+        UserError: no model there that is supported, or one of another tokenizer.
+    """
+    pair = with_draft(other.pair, path, other.mesh)
+    facts = {**other.facts, "tasks": [], "mixed": "", "trunk": False, "added": {}}
+    own = {"path": Path(path), "pair": pair, "facts": facts, "digest": pair.draft.digest}
+    return replace(other, trunk=pair.draft.params, bank=[], mixed={}, normal=None, **own)
 
 
 def widen(pool: Pool, shape: LMConfig, seed: int = 0) -> Pool:
