@@ -487,7 +487,7 @@ def records_of(named, name: str, *argv) -> tuple[Path, dict[str, dict]]:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_line_has_the_drafter_that_it_names_and_the_others_records_stay(named, batch):
+def test_a_line_has_the_drafter_that_it_names_and_the_others_texts_stay(named, batch):
     _, plain = records_of(named, "plain", "--batch", batch)
     output, both = records_of(named, "both", "--batch", batch)
     lines = [json.loads(line)["id"] for line in (named[0] / "both.jsonl").read_text().splitlines()]
