@@ -56,6 +56,7 @@ def _facts(experiment: Experiment, traces: Traces, partition: dict) -> dict:
         "max_new_tokens": experiment.trace.max_new_tokens,
         "max_prompt_tokens": experiment.trace.max_prompt_tokens,
         "curves": read_curves(Path(experiment.out, "align", "metrics.jsonl")),
+        "added": {},
     }
 
 
