@@ -24,7 +24,7 @@ from decode.rivals import Contender
 from decode.settings import Bench
 from decode.summary import summary
 from decode.work import Decoder, Work, quickest
-from jaxspec import serving, sharding
+from jaxspec import pooled, sharding
 from jaxspec.config import UserError, command_line
 from jaxspec.engine import Engine
 from jaxspec.requests import Request, bucket_of, room_of
@@ -93,7 +93,7 @@ def measure(prepared: Prepared) -> tuple[dict, list[Pass]]:
     work.warm_up(engines)
     passes = work.passes(engines)
     parity = {} if rule == "rejection" else work.parity(engines)
-    one_wide = lambda: serving.autoregressive(pool, 1, rule, **_shape(config, asks))
+    one_wide = lambda: pooled.autoregressive(pool, 1, rule, **_shape(config, asks))
     narrow = work.texts(one_wide()) if parity and width != 1 else None
     bench = {
         **_conditions(config, pool, width),
@@ -217,8 +217,8 @@ def _fastest(work: Work, pool: Pool, shape: dict, rule: str) -> tuple[int, Engin
     """The width at which autoregressive decoding of a few prompts is fastest."""
     if len(work.config.widths) == 1:
         (width,) = work.config.widths
-        return width, serving.autoregressive(pool, width, rule, **shape)
-    engines = {w: serving.autoregressive(pool, w, rule, **shape) for w in work.config.widths}
+        return width, pooled.autoregressive(pool, width, rule, **shape)
+    engines = {w: pooled.autoregressive(pool, w, rule, **shape) for w in work.config.widths}
     seconds = lambda engine: sum(work.decode(engine, "autoregressive", rows).seconds.decode for rows in work.sample)
     best = quickest({width: partial(seconds, engine) for width, engine in engines.items()})
     return best, engines[best]

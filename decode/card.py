@@ -23,7 +23,7 @@ from decode.bench import Prepared, prepare
 from decode.figures import Result
 from decode.methods import check_cache
 from decode.settings import Bench, Card
-from jaxspec import metrics, serving, sharding
+from jaxspec import metrics, pooled, serving, sharding
 from jaxspec.candidates import HIT, MISS, PARTIAL
 from jaxspec.config import UserError, command_line
 from jaxspec.engine import Engine
@@ -143,7 +143,7 @@ def _engine(prepared: Prepared, k: int, layers: int, nodes: int, meshes: tuple[M
     longest = bucket_of(max(len(ask.request.ids) for ask in work.asks))
     shape: dict[str, Any] = {"slots": work.config.batch, "room": room_of(longest, work.config.max_new_tokens)}
     pool = prepared.contenders[0].pool
-    return serving.querying(pool, k, rule, layers=layers, width=nodes, meshes=meshes, **shape)
+    return pooled.querying(pool, k, rule, layers=layers, width=nodes, meshes=meshes, **shape)
 
 
 def _times(config: Card, prepared: Prepared, engines: Mapping[tuple[int, int], Engine], k: int) -> dict:
@@ -156,7 +156,7 @@ def _times(config: Card, prepared: Prepared, engines: Mapping[tuple[int, int], E
     if None not in given:
         return {shape: given for shape in engines}
     pool, known = prepared.contenders[0].pool, next(iter(engines.values()))
-    plain = serving.autoregressive(pool, k + 1, slots=known.slots, room=known.room)
+    plain = pooled.autoregressive(pool, k + 1, slots=known.slots, room=known.room)
     ways: dict[Any, Any] = {"target": (plain, serving.always(pool, "autoregressive", known.slots))}
     took = {way: own["round_milliseconds"] for way, own in _timed(prepared, engines, config.passes, ways).items()}
     target = config.target_milliseconds or took["target"]

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from decode.subjects import Drafting, Load, Subject
-from jaxspec import roofline, serving, verify
+from jaxspec import pooled, roofline, verify
 from jaxspec.attention import fastest
 from jaxspec.drafters import lm_drafter, silent_drafter
 from jaxspec.requests import Request, as_prompt, as_sampling, bucket_of
@@ -112,7 +112,7 @@ def iterations(own: Subject, drafting: Drafting | None, load: Load, sampling: di
         sampling: settings of the rows' requests, for p/q rejection; None decodes greedily.
     """
     rule = verify.rejection if sampling else verify.greedy
-    drafter = _drafter(own, load.number) if drafting else silent_drafter(serving.idle_width() - 1)
+    drafter = _drafter(own, load.number) if drafting else silent_drafter(pooled.idle_width() - 1)
     program = programs(_target(own.shape, own.dtype), drafter, rule, stop_tokens=NEVER).chunk
     filled = cache(lambda: _filled(own, drafter, rule, drafting, load, sampling or {}))
     copied = jax.jit(lambda state: jax.tree.map(jnp.copy, state))  # the program takes its state for itself
@@ -122,7 +122,7 @@ def iterations(own: Subject, drafting: Drafting | None, load: Load, sampling: di
         return jax.block_until_ready(program(params, copied(state), np.int32(0), np.int32(steps)).spec.length)
 
     idle = roofline.window(
-        own.shape, own.dtype, rows=own.slots, width=serving.idle_width(), cached=load.context, scored=1
+        own.shape, own.dtype, rows=own.slots, width=pooled.idle_width(), cached=load.context, scored=1
     )
     work = _work(own, drafting, load) if drafting else idle
     return Chain(run, work, load.budget // (drafter.num_nodes + 1))

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 
 from decode.generate import by_program
-from jaxspec import serving
+from jaxspec import pooled, serving
 from jaxspec.config import UserError, command_line
 from jaxspec.requests import bucket_of, room_of
 from jaxspec.store.pool import draft_length, load_pool
@@ -57,7 +57,7 @@ def run(config: Compiling) -> None:
     k = draft_length(pool.facts, config.num_speculative_tokens, least=1, slots=config.slots)
     bucket = bucket_of(config.prompt)
     shape: dict[str, Any] = {"slots": config.slots, "room": room_of(bucket, bucket)}
-    engine = serving.speculative(pool, k, **shape)
+    engine = pooled.speculative(pool, k, **shape)
     engine.warm_up(serving.routed(pool, config.slots), [bucket])
     seconds = {", ".join(filter(None, program)): own for program, own in by_program(engine).items()}
     write_json(Path(config.output), {"device": jax.devices()[0].device_kind, "programs": seconds})

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from decode.differences import first_difference
-from jaxspec import metrics, serving
+from jaxspec import metrics, pooled
 from jaxspec.engine import Seconds
 from jaxspec.requests import Completion, Request
 from jaxspec.router import TRUNK
@@ -222,7 +222,7 @@ def choices(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass]) -> dict[str
 
 def rounds_by_drafter(pool: Pool, asks: Sequence[Ask], results: Sequence[Result]) -> dict[str, dict[str, int]]:
     """How many rounds of each task's prompts each drafter drafted, where rows change it as they go."""
-    names, rounds = serving.candidates(pool), defaultdict(Counter)
+    names, rounds = pooled.candidates(pool), defaultdict(Counter)
     for result in results:
         for i, own in zip(result.rows, result.completions, strict=True):
             rounds[asks[i].task] += Counter(dict(zip(names, own.record.rounds.tolist(), strict=True)))

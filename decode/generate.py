@@ -26,7 +26,7 @@ from tqdm import tqdm
 from decode import tables
 from decode.kept import Kept
 from decode.unexplained import Watch
-from jaxspec import recording, serving, sharding
+from jaxspec import pooled, prepared, recording, serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.engine import Engine, Method
 from jaxspec.experience import Experience
@@ -255,7 +255,7 @@ def _pool(config: Generate, known: _Known, asks: Sequence[Ask | str], mesh: jax.
     requests = [ask.request for ask in asks if isinstance(ask, Ask)]
     dtype, tasks, whole = config.dtype or facts["dtype"], len(facts["tasks"]), 3 if facts["trunk"] else 2
     lora = facts["specialists"] == "bank_lora"
-    alone = config.batch == 1 or not lora or serving.stacks(draft, tasks, dtype)
+    alone = config.batch == 1 or not lora or prepared.stacks(draft, tasks, dtype)
     merged = tasks + 2 + config.batch if config.online else tasks + 1 if alone else 0  # online each row has its own
     load = Load(
         batch=config.batch,
@@ -354,10 +354,10 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
     length = _length(config, pool.facts, job.asks)
     recorders = [recording.logprobs(room)] if config.logprobs else []
     if length and (config.remember or config.replay):
-        recorders.append(recording.choices(len(serving.candidates(pool))))
+        recorders.append(recording.choices(len(pooled.candidates(pool))))
     # What tables draft is not drawn, so that neither rule accepts more, and by the other one no text depends on them.
     rule = "gumbel" if job.tables else config.acceptance
-    engine = (serving.adapting if job.tables else serving.online if config.online else serving.speculative)(
+    engine = (pooled.adapting if job.tables else pooled.online if config.online else pooled.speculative)(
         pool,
         length,
         "greedy" if kind == "greedy" else rule,
@@ -421,7 +421,7 @@ def _remembered(config: Generate, pool: Pool, output: Path) -> Experience | None
 def _remember(experience: Experience, pool: Pool, said: Mapping[str, Any]) -> None:
     """Learns of a text, by its completion or by its record, which say the same."""
     if said.get("task") and said.get("log_weights"):
-        task, begun = pool.tasks.index(said["task"]), serving.candidates(pool).index(said["drafter"])
+        task, begun = pool.tasks.index(said["task"]), pooled.candidates(pool).index(said["drafter"])
         experience.saw(task, said["route_confidence"], begun, said["log_weights"])
 
 
@@ -515,7 +515,7 @@ def _ask(config: Generate, known: _Known, number: int, line: Line | Fault) -> As
 
 
 def _check_online(config: Generate, facts: Mapping[str, Any], route: int | None) -> None:
-    """Refuses a line's drafter that is none of those that rows change between, see `serving.candidates`."""
+    """Refuses a line's drafter that is none of those that rows change between, see `pooled.candidates`."""
     others = routes_outside(facts)
     name = next((name for name, own in others.items() if own == route and name != "mixed"), None)
     if config.online and name:

@@ -25,7 +25,7 @@ from decode import compiled, device
 from decode.axes import Growth, axes_of, points, values
 from decode.chains import Chain
 from decode.subjects import check_models, models_of, number_of
-from jaxspec import serving
+from jaxspec import pooled, serving
 from jaxspec.config import UserError, command_line
 from jaxspec.engine import Engine, Method
 from jaxspec.requests import Request, room_of
@@ -164,7 +164,7 @@ def _read(row: Row, known: Row, begin) -> Row:
 
 def _first_tokens(config: Growth, pool: Pool, number: int):
     """prompt's tokens -> seconds to the first token of a prompt alone, through a warm engine."""
-    engine = serving.speculative(pool, number, slots=1, room=room_of(values(config, "prefill")[-1], 1))
+    engine = pooled.speculative(pool, number, slots=1, room=room_of(values(config, "prefill")[-1], 1))
     method = serving.routed(pool, 1)
     return lambda size: _first_token(engine, method, size, pool.pair.vocab_size, config.passes)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxspec import serving, shift
+from jaxspec import pooled, shift
 from jaxspec.experience import moved
 from jaxspec.replay import Served, bounded
 from jaxspec.store.pool import Pool
@@ -18,7 +18,7 @@ class Kept:
 
     def __init__(self, pool: Pool, output: Path, most: int):
         self.file, self.most = output.with_name(f"{output.name}.replay.npz"), most
-        self.tasks, self.drafters = pool.tasks, serving.candidates(pool)
+        self.tasks, self.drafters = pool.tasks, pooled.candidates(pool)
         self.rows: dict[str, Served] = {}
 
     def see(self, line: Line | Fault, completion: Completion) -> None:

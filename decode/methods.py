@@ -15,7 +15,7 @@ from decode import costs
 from decode.figures import Ask
 from decode.rivals import Contender
 from decode.settings import Bench
-from jaxspec import serving
+from jaxspec import pooled, serving
 from jaxspec.config import UserError
 from jaxspec.drafters.adaptive import WIDEST
 from jaxspec.drafters.beam import met
@@ -181,39 +181,39 @@ def _routes(setting: Setting) -> dict[str, np.ndarray]:
 
 
 def _chains(setting: Setting) -> Engine:
-    return serving.speculative(setting.pool, setting.length, setting.rule, **setting.shape)
+    return pooled.speculative(setting.pool, setting.length, setting.rule, **setting.shape)
 
 
 def _families(setting: Setting) -> Engine:
-    return serving.choosing(setting.pool, setting.among.families, setting.rule, **setting.shape)
+    return pooled.choosing(setting.pool, setting.among.families, setting.rule, **setting.shape)
 
 
 def _lookups(setting: Setting) -> Engine:
-    return serving.looking_up(setting.pool, setting.length, setting.rule, **setting.shape)
+    return pooled.looking_up(setting.pool, setting.length, setting.rule, **setting.shape)
 
 
 def _hedges(setting: Setting) -> Engine:
-    return serving.online(setting.pool, setting.length, setting.rule, **setting.shape)
+    return pooled.online(setting.pool, setting.length, setting.rule, **setting.shape)
 
 
 def _trees(setting: Setting) -> Engine:
     of = setting.config
-    return serving.branching(setting.pool, of.nodes, setting.rule, depth=of.depth, beam=of.beam, **setting.shape)
+    return pooled.branching(setting.pool, of.nodes, setting.rule, depth=of.depth, beam=of.beam, **setting.shape)
 
 
 def _graphs(setting: Setting) -> Engine:
     of, tree = setting.config, {"depth": setting.config.depth, "beam": setting.config.beam}
-    return serving.reusing(setting.pool, of.nodes, setting.rule, ancestors=of.ancestors, **tree, **setting.shape)
+    return pooled.reusing(setting.pool, of.nodes, setting.rule, ancestors=of.ancestors, **tree, **setting.shape)
 
 
 def _merged_trees(setting: Setting) -> Engine:
     of = setting.config
-    return serving.uniting(setting.pool, of.nodes, setting.rule, depth=of.depth, beam=of.beam, **setting.shape)
+    return pooled.uniting(setting.pool, of.nodes, setting.rule, depth=of.depth, beam=of.beam, **setting.shape)
 
 
 def _tables(setting: Setting) -> Engine:
     of = setting.config
-    return serving.adapting(setting.pool, of.nodes, setting.rule, depth=of.depth, beam=of.beam, **setting.shape)
+    return pooled.adapting(setting.pool, of.nodes, setting.rule, depth=of.depth, beam=of.beam, **setting.shape)
 
 
 def _featured(setting: Setting) -> Chosen:
@@ -222,17 +222,17 @@ def _featured(setting: Setting) -> Chosen:
 
 def _guesses(setting: Setting) -> Engine:
     own = features.best(setting.pool)
-    return serving.guessing(setting.pool, own, setting.length, setting.rule, **setting.shape)
+    return pooled.guessing(setting.pool, own, setting.length, setting.rule, **setting.shape)
 
 
 def _cached(setting: Setting) -> Engine:
     of, k = setting.config, setting.length
-    return serving.querying(setting.pool, k, setting.rule, layers=of.layers, width=of.layer_nodes, **setting.shape)
+    return pooled.querying(setting.pool, k, setting.rule, layers=of.layers, width=of.layer_nodes, **setting.shape)
 
 
 def _several(setting: Setting) -> Engine:
     of, k = setting.config, setting.length
-    return serving.several(setting.pool, k, drafts(of, k), of.several, setting.rule, **setting.shape)
+    return pooled.several(setting.pool, k, drafts(of, k), of.several, setting.rule, **setting.shape)
 
 
 def drafts(config: Bench, k: int) -> int:

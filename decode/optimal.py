@@ -24,9 +24,9 @@ from decode.bench import Prepared, prepare
 from decode.settings import Bench
 from jaxspec.config import UserError, command_line
 from jaxspec.multidraft import SCHEMES, optimal_acceptance
+from jaxspec.pooled import SEVERAL
 from jaxspec.requests import bucket_of
 from jaxspec.sampling import draw, log_probs
-from jaxspec.serving import SEVERAL
 from jaxspec.store.pool import Pool
 from jaxspec.store.stages import write_json
 from jaxspec.transformer import LMConfig, forward, unembed
@@ -94,7 +94,7 @@ def run(config: Optimal) -> None:
 
 
 def acceptances(log_p: Array, log_q: Array, key: Array, *, number: int, draws: int) -> dict[str, Array]:
-    """At one place: what one draft has accepted, what each of `serving.SEVERAL` has, and the optimum of every scheme.
+    """At one place: what one draft has accepted, what each of `pooled.SEVERAL` has, and the optimum of every scheme.
 
     Args:
         log_p, log_q: `[V]` of target and drafter.

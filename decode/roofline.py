@@ -25,7 +25,7 @@ from decode import device
 from decode.chains import SAMPLED, Chain, iterations, models, reading, scoring
 from decode.device import Bandwidth, Launches, NotMeasured
 from decode.subjects import Load, Roofline, Subject, subjects
-from jaxspec import serving
+from jaxspec import pooled
 from jaxspec.config import UserError, command_line
 from jaxspec.roofline import Work, floor
 from jaxspec.store.stages import write_json
@@ -124,7 +124,7 @@ def _rows(load: Load, own: Subject, timed: Timed, conditions: dict[str, Any]) ->
 
 def _programs(config: Roofline, load: Load, own: Subject) -> dict[str, Chain]:
     """Every program that is measured in so many slots, by name."""
-    widths = sorted({1, serving.idle_width(), *config.widths, load.number + 1})
+    widths = sorted({1, pooled.idle_width(), *config.widths, load.number + 1})
     first, plainest = next(iter(own.drafters.items()))
     call = lambda config, params, width: scoring(config, own.dtype, params, own.slots, width, load)
     drafter = plainest.params.weights

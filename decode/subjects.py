@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from decode.plan import shape_of
-from jaxspec import roofline, serving
+from jaxspec import prepared, roofline
 from jaxspec.adapters import init_bank
 from jaxspec.config import UserError
 from jaxspec.drafters.lm import LMDrafterParams
@@ -157,7 +157,7 @@ def drawn(target: LMConfig, draft: LMConfig, dtype: Any) -> Models:
 
 def alone(models: Models, slots: int) -> Subject:
     """A target with one drafter for all rows."""
-    drafter = Drafting(LMDrafterParams(serving.laid(models.drafter, slots)), (-1,) * slots)
+    drafter = Drafting(LMDrafterParams(prepared.laid(models.drafter, slots)), (-1,) * slots)
     return _subject(models, slots, {"base": drafter})
 
 
@@ -166,7 +166,7 @@ def banked(models: Models, slots: int, tasks: int, rank: int) -> Subject:
     bank = init_bank(models.drafter, jax.random.key(0), tasks=tasks, rank=rank)
     routes = tuple(i % tasks for i in range(slots))
     return _subject(
-        models, slots, _of_routes(models.draft, serving.banked(models.draft, models.drafter, bank, slots), routes)
+        models, slots, _of_routes(models.draft, prepared.banked(models.draft, models.drafter, bank, slots), routes)
     )
 
 
@@ -176,7 +176,7 @@ def _of_routes(draft: LMConfig, params: LMDrafterParams, routes: tuple[int, ...]
 
 
 def _subject(models: Models, slots: int, drafters: dict[str, Drafting]) -> Subject:
-    laid = serving.laid(models.target, slots)
+    laid = prepared.laid(models.target, slots)
     return Subject(models.shape, models.draft, models.dtype, slots, laid, models.target, drafters)
 
 
@@ -195,12 +195,12 @@ def _of_pool(pool: Pool, slots: int) -> Subject:
     pair = pool.pair
     plain = pair.target.params
     dtype = jax.tree.leaves(plain)[0].dtype
-    own = (pair.target.config, pair.draft.config, dtype, slots, serving.laid(plain, slots), plain)
-    alone = lambda weights, route: Drafting(LMDrafterParams(serving.laid(weights, slots)), (route,) * slots)
+    own = (pair.target.config, pair.draft.config, dtype, slots, prepared.laid(plain, slots), plain)
+    alone = lambda weights, route: Drafting(LMDrafterParams(prepared.laid(weights, slots)), (route,) * slots)
     if slots == 1:
         return Subject(*own, {"base": alone(pool.drafter("base"), -1), "merged": alone(pool.weights(0), 0)})
     routes = tuple(i % len(pool.tasks) for i in range(slots))
-    mixed = _of_routes(pair.draft.config, serving.adapted(pool, slots)(np.array(routes)), routes)
+    mixed = _of_routes(pair.draft.config, prepared.adapted(pool, slots)(np.array(routes)), routes)
     return Subject(*own, {"one merged": alone(pool.weights(0), 0), **mixed})
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from decode import widened
 from decode.differences import first_difference
-from jaxspec import serving, sharding
+from jaxspec import pooled, prepared, serving, sharding
 from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
@@ -111,7 +111,7 @@ def run(config: Throughput) -> None:
         "num_speculative_tokens": k,
         "prompts": len(requests),
         "max_new_tokens": config.max_new_tokens,
-        "autoregressive_width": serving.idle_width(),
+        "autoregressive_width": pooled.idle_width(),
     }
     print(json.dumps(conditions))
     columns = ["slots", *(f"{name}, tokens/s" for name in METHODS), "routed / autoregressive"]
@@ -154,7 +154,7 @@ def _measure(config: Throughput, pool: Pool, requests: Sequence[Request], slots:
         "admit_rows": min(config.admit_rows, slots),
         "smallest": config.smallest_bucket,
     }
-    drafting = {number: serving.speculative(pool, number, **shape) for number in sorted({0, k, *config.lengths})}
+    drafting = {number: pooled.speculative(pool, number, **shape) for number in sorted({0, k, *config.lengths})}
     engines = {name: drafting[0 if name == "autoregressive" else k] for name in METHODS}
     methods = _methods(pool, slots)
     if config.lengths:
@@ -200,7 +200,7 @@ def _parted(pool: Pool, requests: Sequence[Request], first: Texts, other: Texts)
 
 
 def _methods(pool: Pool, slots: int) -> dict[str, Method]:
-    one = LMDrafterParams(serving.laid(pool.weights(0), slots))
+    one = LMDrafterParams(prepared.laid(pool.weights(0), slots))
     return {
         "autoregressive": serving.always(pool, "autoregressive", slots),
         "base": serving.always(pool, "base", slots),

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxspec import plan, serving, sharding, widening
+from jaxspec import plan, pooled, serving, sharding, widening
 from jaxspec.config import UserError
 from jaxspec.engine import Engine, Method, Routes
 from jaxspec.plan import GIB, Load
@@ -110,7 +110,7 @@ def _one_engine(
     sizes = [len(measured_names(pool.facts)), *(len(own["acceptance_length"]) for own in further.values())]
     own = serving.chosen(pool, 1, among._replace(families=families, family=np.repeat(np.arange(len(sizes)), sizes)))
     first = dict(zip([name for name, _ in families], np.cumsum([0, *sizes]).tolist(), strict=False))
-    engine = serving.choosing(pool, families, rule, **shape)
+    engine = pooled.choosing(pool, families, rule, **shape)
     at = lambda name, k: own._replace(route=lambda features: _always(first[name], k, len(features)))
     return {(name, k): (engine, at(name, k)) for name, ks in families for k in ks}
 
@@ -125,7 +125,7 @@ def _engines(
 ) -> dict[Way, tuple[Engine, Method]]:
     """An engine a length, as several slots share theirs."""
     given = serving.given(pool, shape["slots"])
-    return {("", k): (serving.speculative(pool, k, rule, **shape), given) for k in lengths}
+    return {("", k): (pooled.speculative(pool, k, rule, **shape), given) for k in lengths}
 
 
 def _calibration(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxspec import recording, serving, verify
+from jaxspec import pooled, recording, serving, verify
 from jaxspec.config import UserError
 from jaxspec.engine import FOREVER, Engine, Method
 from jaxspec.requests import MAX_DRAFT, SETTINGS, Request, bucket_of, checked, room_of
@@ -40,7 +40,7 @@ class Completion:
     num_drafts: target calls after prefill; num_draft_tokens, num_accepted_tokens: of whole blocks, as vLLM counts them;
         num_accepted_tokens_per_pos: accepted by place in the block, up to where the text ends.
     logprobs: the target's log probability of each token, in nats: as it is, and after temperature, top-k and top-p.
-    log_weights: what a row that changes its drafter trusted each of `serving.candidates` with in the end, in nats.
+    log_weights: what a row that changes its drafter trusted each of `pooled.candidates` with in the end, in nats.
     features: `[H]` what the router saw of the prompt.
     """
 
@@ -141,14 +141,14 @@ def engine_of(
     """An engine for a pool; asked again in the same shape it is the same, with all that it has compiled."""
     recorder = recording.logprobs(room) if log_probs else recording.NOTHING
     shape = {"slots": slots, "room": room, "recorder": recorder}
-    return serving.choosing(pool, families, rule, **shape)
+    return pooled.choosing(pool, families, rule, **shape)
 
 
 @lru_cache(maxsize=4)
 def adaptive_engine_of(pool: Pool, num_nodes: int, rule: str, slots: int, room: int, log_probs: bool) -> Engine:
     """As `engine_of`, of trigram tables."""
     recorder = recording.logprobs(room) if log_probs else recording.NOTHING
-    return serving.adapting(pool, num_nodes, rule, slots=slots, room=room, recorder=recorder)
+    return pooled.adapting(pool, num_nodes, rule, slots=slots, room=room, recorder=recorder)
 
 
 def nodes_of_tables(asked: int | None) -> int:

@@ -14,7 +14,7 @@ from decode.figures import Ask, first_differences
 from decode.settings import Bench
 from decode.summary import summary
 from decode.throughput import Throughput
-from jaxspec import router, serving, shift
+from jaxspec import pooled, prepared, router, serving, shift
 from jaxspec.adapters import Stacked
 from jaxspec.config import UserError
 from jaxspec.requests import Request
@@ -271,12 +271,12 @@ def test_a_pool_laid_out_for_a_cpu_gives_the_same_texts_by_every_method(pool, mo
     monkeypatch.setattr(serving, "blocks_pay", lambda params: True)
 
     def texts(wide):
-        monkeypatch.setattr(serving, "WIDE", wide)
-        serving._target_in_blocks.cache_clear()
-        serving.adapted.cache_clear()
+        monkeypatch.setattr(prepared, "WIDE", wide)
+        prepared.target_in_blocks.cache_clear()
+        prepared.adapted.cache_clear()
         serving.always.cache_clear()
         for slots in (1, 2):
-            engine = serving.speculative(own, 2, slots=slots, room=64)
+            engine = pooled.speculative(own, 2, slots=slots, room=64)
             in_blocks = engine._target_params["layers"][0]["mlp"]["up"]["kernel"].ndim == 3
             assert in_blocks == (wide * slots <= NARROW and jax.default_backend() == "cpu")
             for routes in ([-1] * 3, [1] * 3, [0, 2, -1]):
@@ -293,11 +293,11 @@ def test_rows_that_draft_with_kernels_side_by_side_have_the_texts_and_counts_of_
     requests = [Request(ids=(1, 3, 20 + i, 300), max_new_tokens=12, number=i, route=i % 4 - 1) for i in range(6)]
     said = {}
     for name in ("bank", "stack"):
-        serving.adapted.cache_clear()
-        monkeypatch.setattr(serving, "stacks", lambda *shape, name=name: name == "stack")
+        prepared.adapted.cache_clear()
+        monkeypatch.setattr(prepared, "stacks", lambda *shape, name=name: name == "stack")
         method = serving.given(own, 2)
         assert isinstance(method.drafter_params(None).bank, Stacked) == (name == "stack")
-        done = serving.speculative(own, 2, slots=2, room=64).complete(requests, method)
+        done = pooled.speculative(own, 2, slots=2, room=64).complete(requests, method)
         said[name] = [(c.ids, c.counts.num_accepted_tokens) for c in done]
     assert said["stack"] == said["bank"] and sum(accepted for _, accepted in said["bank"]) > 0
 
@@ -323,7 +323,7 @@ def test_where_two_texts_part_the_two_tokens_and_their_logits_are_told(loaded):
     requests = [Request(ids=(1, 3, 20 + i, 300), max_new_tokens=8, number=i) for i in range(2)]
     line = Line("a", [], None, None, {}, "")
     asks = [Ask(line, request, "one", -1) for request in requests]
-    engine = serving.autoregressive(loaded, 1, slots=1, room=64)
+    engine = pooled.autoregressive(loaded, 1, slots=1, room=64)
     own = engine.complete(requests, serving.always(loaded, "autoregressive", 1))
     one = {i: completion.ids for i, completion in enumerate(own)}
     wide = {0: one[0], 1: [*one[1][:3], one[1][3] + 1, *one[1][4:]]}

@@ -11,7 +11,7 @@ import pytest
 
 from decode import card
 from decode.card import Card, simulated
-from jaxspec import serving, sharding
+from jaxspec import pooled, serving, sharding
 from jaxspec.config import Mesh, UserError
 from jaxspec.requests import Request, room_of
 from jaxspec.store.pool import load_pool
@@ -37,7 +37,7 @@ def test_the_command_counts_and_simulates(pool, world, tmp_path, capsys):
 
 def answers(pool, slots: int, rule: str, meshes=None) -> list[tuple]:
     """All of nine prompts' answers that must not depend on where they are decoded."""
-    engine = serving.querying(pool, 2, rule, layers=3, width=3, slots=slots, room=room_of(32, 16), meshes=meshes)
+    engine = pooled.querying(pool, 2, rule, layers=3, width=3, slots=slots, room=room_of(32, 16), meshes=meshes)
     ids = lambda i: tuple(np.random.default_rng(i).integers(8, 400, size=3 + i).tolist())
     settings = lambda i: {"temperature": i % 3 / 2, "top_k": 20} if rule == "rejection" else {}
     asked = [Request(ids=ids(i), max_new_tokens=1 + 2 * i, number=i, route=i % 4 - 1, **settings(i)) for i in range(9)]

@@ -10,7 +10,7 @@ from test_decoding import BUDGET, TARGET, engine
 from test_hedge import HIDDEN, K
 
 from decode import generate
-from jaxspec import serving, shift, verify
+from jaxspec import pooled, serving, shift, verify
 from jaxspec.config import command_line
 from jaxspec.drafters import hedged
 from jaxspec.drafters.hedge import prior, reweighed
@@ -145,7 +145,7 @@ def test_recorders_together_record_what_each_of_them_does():
 @pytest.fixture(scope="module")
 def job(corrupted, pool, world, tmp_path_factory):
     """`job(name, *flags)`: records of a job, one prompt at a time; an equal job has compiled its engine."""
-    folder, made, real = tmp_path_factory.mktemp("job"), {}, serving.online
+    folder, made, real = tmp_path_factory.mktemp("job"), {}, pooled.online
     lines = [line for file in sorted(world.prompts.iterdir()) for line in file.read_text().splitlines()[:4]]
     (folder / "in.jsonl").write_text("\n".join(lines) + "\n")
 

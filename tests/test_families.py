@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxspec import forced, serving
+from jaxspec import forced, pooled, serving
 from jaxspec.adapters import init_bank
 from jaxspec.config import UserError
 from jaxspec.drafters import ngram_drafter
@@ -178,20 +178,20 @@ def test_each_prompt_is_drafted_by_its_family_and_all_texts_are_the_targets(cali
     best = {0: ("task 0", 2), 1: ("ngram", 1), 2: ("big/task 1", 2)}
     pool = knowing(calibrated, best)
     among, shape = options(pool.facts), {"slots": 1, "room": 96}
-    engine = serving.choosing(pool, among.families, **shape)
+    engine = pooled.choosing(pool, among.families, **shape)
     requests = [Request(ids=ids, max_new_tokens=12, number=i) for i, ids in enumerate(IDS)]
     method = serving.chosen(pool, 1, among)
     turn = lambda features: method.route(features)._replace(**routes(pool, among, best, next(numbers)))
     numbers = iter(range(len(IDS)))
     done = engine.complete(requests, method._replace(route=turn))
-    plain = serving.autoregressive(pool, 1, **shape).complete(requests, Method("plain", unrouted, lambda routes: ()))
+    plain = pooled.autoregressive(pool, 1, **shape).complete(requests, Method("plain", unrouted, lambda routes: ()))
     assert [own.ids for own in done] == [own.ids for own in plain]
     said = [drafter_name(pool.facts, own.route) for own in done]
     assert said == ["task 0", "ngram", "big/task 1"] * 2
     assert [own.num_speculative_tokens for own in done] == [2, 1, 2] * 2
     for own in done[2::3]:  # the target drafts: nothing is lost
         assert own.counts.num_accepted_tokens == own.counts.num_draft_tokens > 0
-    alone = serving.looking_up(pool, 1, **shape).complete(requests[1::3], serving.always(pool, "ngram", 1))
+    alone = pooled.looking_up(pool, 1, **shape).complete(requests[1::3], serving.always(pool, "ngram", 1))
     counted = lambda completions: [own.counts.num_accepted_tokens for own in completions]
     assert counted(done[1::3]) == counted(alone)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import joining, serving
+from jaxspec import joining, pooled, prepared, serving
 from jaxspec.adapters import init_bank, merge, select
 from jaxspec.requests import Request, room_of
 from jaxspec.store import pool as pools
@@ -77,10 +77,10 @@ def as_on_a_gpu(monkeypatch, pool):
     """The pool as one accelerator holds it."""
     for module in (pools, serving):
         monkeypatch.setattr(module, "pays", lambda params: True)
-    monkeypatch.setattr(serving, "_few", lambda *own: False)
-    serving.adapted.cache_clear()
+    monkeypatch.setattr(prepared, "few", lambda *own: False)
+    prepared.adapted.cache_clear()
     yield pools.load_pool(pool)
-    serving.adapted.cache_clear()
+    prepared.adapted.cache_clear()
 
 
 @pytest.mark.parametrize("slots", [1, 2])
@@ -89,7 +89,7 @@ def test_a_pool_with_joined_weights_says_what_it_said(as_on_a_gpu, loaded, slots
     requests = [Request(ids=tuple(range(5 + i, 12)), max_new_tokens=10, number=i, route=i) for i in range(3)]
 
     def texts(own):
-        engine = serving.speculative(own, 2, slots=slots, room=room_of(32, 10))
+        engine = pooled.speculative(own, 2, slots=slots, room=room_of(32, 10))
         return [done.ids for done in engine.complete(requests, serving.given(own, slots))]
 
     assert texts(as_on_a_gpu) == texts(loaded)

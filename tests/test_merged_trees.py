@@ -13,7 +13,7 @@ from test_decoding import NEAR, PARAMS, PROMPTS, TARGET, answer, plain_greedy
 from test_tree import BEAM, DEPTH, FEW, FEW_OTHER, FEW_PARAMS, NODES, SLOTS, drafted, program
 from toys import prompt_of
 
-from jaxspec import router, serving
+from jaxspec import pooled, router, serving
 from jaxspec.adapters import Whole, init_bank, merge, with_base
 from jaxspec.drafters import merged_tree_drafter, tree_drafter
 from jaxspec.drafters.beam import met, search
@@ -95,8 +95,8 @@ def test_the_pair_is_the_routers_first_and_second_choice(three_tasks):
 def test_a_pools_two_best_leave_the_text_as_it_is(loaded, slots):
     shape = {"slots": slots, "room": room_of(32, 12)}
     requests = [Request(ids=(40 + i, 60 + i, 9), max_new_tokens=12, number=i) for i in range(5)]
-    found = serving.uniting(loaded, 6, depth=2, beam=2, **shape).complete(requests, serving.two_best(loaded, slots))
-    plain = serving.autoregressive(loaded, 1, **shape).complete(
+    found = pooled.uniting(loaded, 6, depth=2, beam=2, **shape).complete(requests, serving.two_best(loaded, slots))
+    plain = pooled.autoregressive(loaded, 1, **shape).complete(
         requests, serving.always(loaded, "autoregressive", slots)
     )
     assert [own.ids for own in found] == [own.ids for own in plain]

@@ -12,7 +12,7 @@ from decode import optimal
 from decode.optimal import Optimal, acceptances
 from jaxspec.config import UserError
 from jaxspec.multidraft import SCHEMES
-from jaxspec.serving import SEVERAL
+from jaxspec.pooled import SEVERAL
 
 
 @pytest.mark.parametrize("number", [2, 3])

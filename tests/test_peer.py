@@ -16,7 +16,7 @@ from decode.methods import Chosen
 from decode.rivals import Contender
 from decode.settings import Bench
 from decode.work import Work, quickest
-from jaxspec import serving
+from jaxspec import pooled, serving
 from jaxspec.config import UserError
 from jaxspec.engine import Seconds
 from jaxspec.requests import Completion, Request
@@ -77,7 +77,7 @@ def both(pool: Pool, k: int) -> list[tuple[Completion, Completion]]:
     requests = [Request(ids=(1, 3, 20 + i, 300), max_new_tokens=BUDGET + i, route=base) for i in range(2)]
     method = serving.always(pool, "base", 1)
     theirs = peer.theirs_of(pool, [base], k, "cpu").complete(requests, method)
-    return list(zip(serving.speculative(pool, k, slots=1, room=64).complete(requests, method), theirs, strict=True))
+    return list(zip(pooled.speculative(pool, k, slots=1, room=64).complete(requests, method), theirs, strict=True))
 
 
 @pytest.mark.parametrize("k", [1, K])

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxspec import replay, router, serving, shift
+from jaxspec import pooled, replay, router, shift
 from jaxspec.config import command_line
 from jaxspec.replay import Known, Served
 from jaxspec.store.pool import REPLAY, load_pool
@@ -152,7 +152,7 @@ def test_prompts_that_were_not_trained_on_are_routed_alike_and_no_longer_strange
 def test_all_else_of_the_pool_is_as_it_was_and_what_is_known_grows(loaded, known, served, refreshed):
     after = load_pool(str(refreshed[0]))
     assert after.facts == loaded.facts and after.digest != loaded.digest
-    assert serving.candidates(after) == serving.candidates(loaded)
+    assert pooled.candidates(after) == pooled.candidates(loaded)
     for name in ("bank.safetensors", "mixed.safetensors", "test.jsonl", "points.npz"):
         assert (after.path / name).read_bytes() == (loaded.path / name).read_bytes()
     grown = Known(**read_arrays(after.path / REPLAY))

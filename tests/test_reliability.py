@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import LINES
 
-from jaxspec import reliability, serving
+from jaxspec import pooled, reliability, serving
 from jaxspec.reliability import PROBE, Reliability, missed, observed, reliable, served, unknown
 from jaxspec.requests import Completion, Request
 from jaxspec.router import TRUNK
@@ -65,7 +65,7 @@ class Stream(NamedTuple):
 
 @pytest.fixture(scope="module")
 def stream(corrupted, world) -> Stream:
-    engine = serving.speculative(corrupted, 2, slots=2, room=160)
+    engine = pooled.speculative(corrupted, 2, slots=2, room=160)
     lines = read_prompts(str(world.prompts))
     ids = [encode(corrupted.pair.tokenizer, line) for line in lines]
     requests = [Request(ids=own, max_new_tokens=12, number=i) for i, own in enumerate(ids)]

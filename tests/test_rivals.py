@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from decode import bench, rivals
 from decode.figures import Ask, Result, router_figures
-from jaxspec import serving
+from jaxspec import prepared
 from jaxspec.adapters import init_bank
 from jaxspec.config import UserError
 from jaxspec.engine import Seconds
@@ -152,7 +152,7 @@ def test_weights_of_the_target_are_there_once(loaded, turned, perfect, world):
     assert own.pair.target is other.pair.target is loaded.pair.target and own.pair.draft is loaded.pair.draft
     assert other.pair.draft.config == loaded.pair.target.config
     assert jax.tree.leaves(other.mixed)[0].dtype == jax.tree.leaves(loaded.mixed)[0].dtype
-    blocks = [serving._target_in_blocks(pool.pair.target) for pool in (loaded, own, other)]
+    blocks = [prepared.target_in_blocks(pool.pair.target) for pool in (loaded, own, other)]
     assert blocks[0] is blocks[1] is blocks[2]
 
 

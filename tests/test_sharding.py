@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from decode import bench
 from decode.differences import first_difference
-from jaxspec import serving, sharding
+from jaxspec import pooled, serving, sharding
 from jaxspec.config import Mesh, UserError
 from jaxspec.requests import Request, room_of
 from jaxspec.store.curves import read_curves
@@ -65,7 +65,7 @@ def test_in_bfloat16_texts_part_only_where_two_tokens_tie(pool, shape, record_pr
     texts = []
     for mesh in (None, mesh_of(*shape)):
         own = load_pool(pool, dtype="bfloat16", mesh=mesh)
-        engine = serving.speculative(own, 2, slots=8, room=room_of(32, 24), admit_rows=8)
+        engine = pooled.speculative(own, 2, slots=8, room=room_of(32, 24), admit_rows=8)
         texts.append([done.ids for done in engine.complete(asked, serving.given(own, 8))])
     one = load_pool(pool, dtype="bfloat16")
     found = [first_difference(one, request, *both) for request, *both in zip(asked, *texts, strict=True)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from decode import export
-from jaxspec import serving
+from jaxspec import pooled, serving
 from jaxspec.adapters import Whole
 from jaxspec.config import UserError
 from jaxspec.requests import Request, room_of
@@ -47,7 +47,7 @@ def test_rows_of_several_slots_draft_with_their_own_weights(made):
     requests = [Request(ids=own, max_new_tokens=10, number=i, route=i % 4 - 1) for i, own in enumerate(ids)]
     said = {}
     for slots in (1, 4):
-        engine = serving.speculative(pool, 2, slots=slots, room=room_of(32, 10))
+        engine = pooled.speculative(pool, 2, slots=slots, room=room_of(32, 10))
         done = engine.complete(requests, serving.given(pool, slots))
         said[slots] = [(own.ids, own.counts.accepted_by_position.tolist()) for own in done]
     assert said[1] == said[4]

@@ -10,7 +10,7 @@ import pytest
 
 import jaxspec
 from decode import generate
-from jaxspec import serving, trigrams
+from jaxspec import pooled, serving, trigrams
 from jaxspec.config import command_line
 from jaxspec.store.pool import load_pool
 from jaxspec.store.stages import read_arrays, write_arrays
@@ -44,7 +44,7 @@ def job(loaded, pool, lines, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "load_pool", lambda *paths, **places: loaded)
-        patch.setattr(serving, "adapting", functools.cache(serving.adapting))
+        patch.setattr(serving, "adapting", functools.cache(pooled.adapting))
         yield answer
 
 
@@ -124,7 +124,7 @@ def test_what_is_drafted_counts_levels_and_no_calls(job, lines):
     many = records(job("many.jsonl", *ADAPTIVE, lines=lines[:3], k=16))
     none = records(job("none.jsonl", *ADAPTIVE, lines=lines[:3], k=0))
     assert [own["token_ids"] for own in many] == [own["token_ids"] for own in none]
-    assert all(own["num_draft_tokens"] <= serving.LEVELS * own["num_drafts"] for own in many)
+    assert all(own["num_draft_tokens"] <= pooled.LEVELS * own["num_drafts"] for own in many)
     assert all(own["num_draft_tokens"] == 0 and own["num_drafts"] == len(own["token_ids"]) for own in none)
 
 

@@ -12,7 +12,7 @@ import pytest
 from decode import bench, report, throughput, widened
 from decode.settings import Bench
 from decode.throughput import Throughput
-from jaxspec import serving, sharding, widening
+from jaxspec import pooled, serving, sharding, widening
 from jaxspec.config import Mesh, UserError
 from jaxspec.requests import Request
 from jaxspec.store.families import options
@@ -163,7 +163,7 @@ def wide(loaded):
 def test_a_pool_with_a_wider_target_has_the_same_texts_routes_and_drafts(loaded, wide):
     done = {}
     for name, pool in (("own", loaded), ("wide", wide)):
-        engine = serving.speculative(pool, 2, slots=2, room=64)
+        engine = pooled.speculative(pool, 2, slots=2, room=64)
         done[name] = engine.complete(REQUESTS, serving.routed(pool, 2))
     for own, other in zip(done["own"], done["wide"], strict=True):
         assert own.ids == other.ids and own.route == other.route
@@ -173,7 +173,7 @@ def test_a_pool_with_a_wider_target_has_the_same_texts_routes_and_drafts(loaded,
 
 def test_a_drafter_that_is_the_old_target_loses_nothing(wide, loaded):
     pool = dataclasses.replace(wide, pair=wide.pair._replace(draft=loaded.pair.target))
-    for own in serving.speculative(pool, 3, slots=1, room=64).complete(REQUESTS, serving.always(pool, "base", 1)):
+    for own in pooled.speculative(pool, 3, slots=1, room=64).complete(REQUESTS, serving.always(pool, "base", 1)):
         assert own.counts.num_accepted_tokens == own.counts.num_draft_tokens > 0
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxspec import expected, forced, router, serving, sharding
+from jaxspec import expected, forced, pooled, router, serving, sharding
 from jaxspec.config import Calibrate, Experiment, UserError, command_line, plain
 from jaxspec.drafters import ngram_drafter
 from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
@@ -274,14 +274,14 @@ def _ways(
     rule = "rejection" if spec.temperature else "greedy"
     shape: dict[str, Any] = {"slots": slots, "room": room_of(bucket_of(longest), spec.max_new_tokens)}
     drafting = [k for k in spec.lengths if k]
-    ways = {("", k): (serving.speculative(pool, k, rule, **shape), serving.given(pool, slots)) for k in spec.lengths}
+    ways = {("", k): (pooled.speculative(pool, k, rule, **shape), serving.given(pool, slots)) for k in spec.lengths}
     for k in drafting if slots > 1 else ():  # where it serves all rows, a round has no bank to read
         ways[UNITED, k] = ways["", k][0], serving.always(pool, UNITED, slots)
     for k in drafting if looks_up else ():
-        ways[NGRAM, k] = serving.looking_up(pool, k, rule, **shape), serving.always(pool, NGRAM, slots)
+        ways[NGRAM, k] = pooled.looking_up(pool, k, rule, **shape), serving.always(pool, NGRAM, slots)
     for name, other in others.items():
         method = serving.always(other, other.names[-1], slots)  # a round takes as long with any of its drafters
-        ways |= {(name, k): (serving.speculative(other, k, rule, **shape), method) for k in drafting}
+        ways |= {(name, k): (pooled.speculative(other, k, rule, **shape), method) for k in drafting}
     return ways
 
 

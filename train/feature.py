@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxspec import serving
+from jaxspec import pooled, serving
 from jaxspec.align import optimiser, schedule
 from jaxspec.config import UserError, command_line, plain
 from jaxspec.drafters.feature import FeatureWeights, init_weights, single_layer
@@ -157,7 +157,7 @@ def _measured(pool: Pool, own: Learnt, k: int, held: list[Request]) -> dict:
     """What is accepted of a drafter's chains of `k` tokens in answers to prompts that it was not trained on."""
     bucket, longest = bucket_of(max(len(r.ids) for r in held)), max(r.max_new_tokens for r in held)
     size = {"slots": SLOTS, "admit_rows": SLOTS}
-    engine = serving.guessing(pool, own, k, "greedy", **size, room=room_of(bucket, longest), smallest=bucket)
+    engine = pooled.guessing(pool, own, k, "greedy", **size, room=room_of(bucket, longest), smallest=bucket)
     done = engine.complete(held, serving.featured(pool, own, SLOTS))
     figures = measures(total(completion.counts for completion in done))
     return {**figures, "parameters": sum(leaf.size for leaf in jax.tree.leaves(own.weights))}
