@@ -268,7 +268,7 @@ def test_a_pool_laid_out_for_a_cpu_gives_the_same_texts_by_every_method(pool, mo
     own = load_pool(pool)
     requests = [Request(ids=(1, 3, 20 + i, 300), max_new_tokens=8, number=i) for i in range(3)]
 
-    monkeypatch.setattr(serving, "blocks_pay", lambda params: True)
+    monkeypatch.setattr(prepared, "blocks_pay", lambda params: True)
 
     def texts(wide):
         monkeypatch.setattr(prepared, "WIDE", wide)

@@ -10,7 +10,7 @@ from test_decoding import BUDGET, TARGET, engine
 from test_hedge import HIDDEN, K
 
 from decode import generate
-from jaxspec import pooled, serving, shift, verify
+from jaxspec import pooled, shift, verify
 from jaxspec.config import command_line
 from jaxspec.drafters import hedged
 from jaxspec.drafters.hedge import prior, reweighed
@@ -162,7 +162,7 @@ def job(corrupted, pool, world, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "load_pool", lambda *paths, **places: corrupted)
-        patch.setattr(serving, "online", engine_of)
+        patch.setattr(pooled, "online", engine_of)
         yield answer
 
 

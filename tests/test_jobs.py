@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import pytest
 
 from decode import generate
-from jaxspec import serving
+from jaxspec import pooled
 from jaxspec.config import command_line
 from jaxspec.store.pool import extra_file, load_pool
 from jaxspec.store.trees import write_tree
@@ -37,7 +37,7 @@ def in_memory(loaded):
     """Jobs take the pool that was read already, and the engine that an equal job has compiled."""
     with pytest.MonkeyPatch.context() as patch:
         for kind in ("speculative", "online"):
-            patch.setattr(serving, kind, functools.cache(getattr(serving, kind)))
+            patch.setattr(pooled, kind, functools.cache(getattr(pooled, kind)))
         patch.setattr(generate, "load_pool", lambda *paths, **places: loaded)
         yield
 

@@ -75,9 +75,10 @@ def test_an_adapter_on_joined_weights_is_refused_not_left_out():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch, pool):
     """The pool as one accelerator holds it."""
-    for module in (pools, serving):
+    for module in (pools, prepared):
         monkeypatch.setattr(module, "pays", lambda params: True)
-    monkeypatch.setattr(prepared, "few", lambda *own: False)
+    for module in (pooled, prepared, serving):
+        monkeypatch.setattr(module, "few", lambda *own: False)
     prepared.adapted.cache_clear()
     yield pools.load_pool(pool)
     prepared.adapted.cache_clear()

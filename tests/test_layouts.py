@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxspec import layouts, prepared, serving
+from jaxspec import layouts, prepared
 from jaxspec.transformer import LMConfig, init
 
 CONFIG = LMConfig(
@@ -29,7 +29,7 @@ def test_the_faster_layout_is_taken_and_of_near_equals_the_plain_one(monkeypatch
     layouts._tried.cache_clear()
     params = init(CONFIG, jax.random.key(0))
     assert layouts.blocks_pay(params) == pays
-    monkeypatch.setattr(serving, "blocks_pay", layouts.blocks_pay)
+    monkeypatch.setattr(prepared, "blocks_pay", layouts.blocks_pay)
     kernel = prepared.laid(params, 1)["layers"][0]["mlp"]["up"]["kernel"]
     assert (kernel.ndim == 3) == (pays and jax.default_backend() == "cpu")
     layouts._tried.cache_clear()

@@ -11,7 +11,7 @@ import pytest
 
 from decode import generate
 from decode.generate import Generate
-from jaxspec import pooled, serving, shift
+from jaxspec import pooled, shift
 from jaxspec.config import UserError
 from jaxspec.store.pool import NORMAL, load_pool
 from jaxspec.store.prompts import read_prompts
@@ -24,7 +24,7 @@ GARDEN = "water these seedling tulip spade compost moss hedge beneath mulch rake
 def in_memory(loaded):
     """Jobs take the pool that was read already, and the engine that an equal job has compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serving, "speculative", functools.cache(pooled.speculative))
+        patch.setattr(pooled, "speculative", functools.cache(pooled.speculative))
         patch.setattr(generate, "load_pool", lambda *paths, **places: loaded)
         yield
 

@@ -10,7 +10,7 @@ import pytest
 
 import jaxspec
 from decode import generate
-from jaxspec import pooled, serving, trigrams
+from jaxspec import pooled, trigrams
 from jaxspec.config import command_line
 from jaxspec.store.pool import load_pool
 from jaxspec.store.stages import read_arrays, write_arrays
@@ -44,7 +44,7 @@ def job(loaded, pool, lines, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "load_pool", lambda *paths, **places: loaded)
-        patch.setattr(serving, "adapting", functools.cache(pooled.adapting))
+        patch.setattr(pooled, "adapting", functools.cache(pooled.adapting))
         yield answer
 
 
