@@ -263,6 +263,7 @@ def test_a_prompt_between_tasks_gets_what_serves_both():
     assert drafter.tolist() == [0, 1, 2] and length.tolist() == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_pool_laid_out_for_a_cpu_gives_the_same_texts_by_every_method(pool, monkeypatch):
     """Merged weights, the bank and the control, on plain kernels and on kernels laid out for few rows."""
     own = load_pool(pool)

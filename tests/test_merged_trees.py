@@ -52,6 +52,7 @@ def test_in_whichever_place_of_a_rows_pair_the_target_is_nothing_is_lost():
     assert lost.ids == plain_greedy(PROMPTS[0]) and lost.counts.num_drafts > found[0].counts.num_drafts
 
 
+@pytest.mark.slow
 def test_rows_of_different_pairs_draft_as_each_pair_alone():
     """And a drafter that is beside itself as its own tree."""
     bank = init_bank(NEAR, jax.random.key(2), tasks=3, rank=2)
@@ -91,7 +92,7 @@ def test_the_pair_is_the_routers_first_and_second_choice(three_tasks):
     assert router.runner_up(said, np.full(3, TRUNK), np.full(200, TRUNK)).tolist() == [TRUNK] * 200
 
 
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("slots", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_pools_two_best_leave_the_text_as_it_is(loaded, slots):
     shape = {"slots": slots, "room": room_of(32, 12)}
     requests = [Request(ids=(40 + i, 60 + i, 9), max_new_tokens=12, number=i) for i in range(5)]

@@ -129,7 +129,7 @@ def assert_split(tree):
         assert list(leaf.addressable_shards[0].data.shape) == shape, names
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.slow)])
 def test_no_device_has_logits_of_the_whole_vocabulary(kind):
     """Nor any other array as wide, gradients among them."""
     own, rows = (
