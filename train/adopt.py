@@ -44,7 +44,7 @@ def run(config: Adopt) -> None:
         raise UserError(f"--name {config.name!r} will not do; give small letters, digits and dashes")
     pool = load_pool(config.pool, target=config.target, draft=config.draft)
     file = extra_file(pool.path, config.name)
-    if file.exists() or config.name in (*METHODS, *pool.names, "trunk", *pool.facts["further"]):
+    if file.exists() or config.name in (*METHODS, *pool.names, "trunk", *pool.facts["further"], *pool.facts["labels"]):
         raise UserError(f"--name {config.name!r}: the pool or bench has that name already; give another")
     on = pool.drafter(config.onto)
     bank = read_adapter(Path(config.adapter), on)
