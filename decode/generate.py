@@ -44,7 +44,8 @@ from jaxspec.text import Ask, Completion, drafter_named, nodes_of_tables, room_f
 from jaxspec.transformer import LMConfig
 
 SAME = ("order", *SETTINGS, "acceptance", "logprobs", "dtype")  # what a job that goes on must not change
-LATER = ("online", "remember", "reliability", "drafter", "table")  # the same, of jobs that were begun with one of them
+LATER = ("online", "remember", "reliability", "drafter")  # the same, of jobs that were begun with one of them
+TURN = 256  # prompts that are served before others where some name whole drafters and records keep the prompts' order
 BEGIN = b'{"id": '  # of every record
 UNSAID = ("index", "num_accepted_tokens_per_pos", "features")
 KEYS = (*SETTINGS, "stop", "drafter")
@@ -138,9 +139,11 @@ def run(config: Generate) -> None:
     _resume(config, output, lines[own.start : own.stop])
     known = _know(config)
     asks = [_ask(config, known, number, line) for number, line in enumerate(lines)]
-    tables.check(lines, asks, config.table, {"online": config.online, "reliability": config.reliability})
+    judging = {"online": config.online, "reliability": config.reliability}
+    tables.check(lines, asks, config.drafter, config.table, output, judging)
+    of_tables = tables.wanted(config.drafter, asks)
     pool = _pool(config, known, asks, sharding.asked(config.mesh, jax.local_devices() if processes > 1 else None))
-    if config.num_speculative_tokens is None and (said := elsewhere(pool.facts, config.pool)):
+    if config.num_speculative_tokens is None and not of_tables and (said := elsewhere(pool.facts, config.pool)):
         print(f"generate: {said}", file=sys.stderr)
     with open(output, "ab") as out, preemptible() as preempted:
         alone(out, output)
@@ -149,7 +152,7 @@ def run(config: Generate) -> None:
         os.truncate(output, size)
         watch, kept = Watch(pool, output), Kept(pool, output, config.replay or 0)
         mine = lines[own.start : own.stop], asks[own.start : own.stop]
-        learnt = tables.begun(pool, output, config.table, *mine) if tables.wanted(asks) else None
+        learnt = tables.begun(pool, output, config.table, *mine) if of_tables else None
         job = _Job(config, pool, *mine, _room(asks), watch, kept, _remembered(config, pool, output), learnt)
         done = _write(out, _records(job, answered), len(own), len(answered), preempted)
         kept.write()
@@ -218,7 +221,7 @@ def _know(config: Generate) -> _Known:
 
 def _length(config: Generate, facts: dict[str, Any], asks: Sequence[Ask | str]) -> int:
     """Tokens that are drafted a round."""
-    if tables.wanted(asks):
+    if tables.wanted(config.drafter, asks):
         return nodes_of_tables(config.num_speculative_tokens)
     return draft_length(facts, config.num_speculative_tokens, slots=config.batch)
 
@@ -229,6 +232,7 @@ def _settings(config: Generate, known: _Known, asks: Sequence[Ask | str]) -> dic
     same = {name: getattr(config, name) for name in SAME} | {"pool": known.digest, "num_speculative_tokens": length}
     # None as in jobs that were begun before there was a choice
     same |= {name: getattr(config, name) or None for name in LATER}
+    same |= {"table": tables.begins_as(config.pool, config.table) if tables.wanted(config.drafter, asks) else None}
     same |= {"replay": config.replay is not None or None}  # how many are kept is no matter of the records
     if (config.dtype or known.facts["dtype"]) == "float32":
         return same
@@ -373,20 +377,30 @@ def _answers(job: _Job, todo: Sequence[int]) -> Iterator[tuple[int, Completion] 
     among = options(pool.facts, length, config.batch)
     chosen = lambda: serving.chosen(pool, config.batch, among, bank=named)
     method = job.tables.method if job.tables else serving.hedging(pool, config.batch) if config.online else chosen()
-    for route in outside:  # first, so that what was ready long ago waits for none of these
-        if rows := [i for i in todo if route_of(i) == route]:
-            yield from _served(job, engine, serving.outside(pool, route, config.batch, method), rows)
-            engine.release()
+    apart = {route: serving.outside(pool, route, config.batch, method) for route in outside}
     trust = Reliability(pool.facts, length)
     method = trust.over(method) if config.reliability else job.experience.over(method) if job.experience else method
-    for found in _served(job, engine, method, [i for i in todo if route_of(i) not in outside]):
-        if found:
-            _learn(job, trust, length, *found)
-        yield found
+    for turn in _turns(todo, apart, config.order):
+        for route, own in apart.items():  # first, so that what was ready long ago waits for none of these
+            if rows := [i for i in turn if route_of(i) == route]:
+                yield from _served(job, engine, own, rows)
+                engine.release()
+        for found in _served(job, engine, method, [i for i in turn if route_of(i) not in apart]):
+            if found:
+                _learn(job, trust, length, *found)
+            yield found
+        if apart:
+            engine.release()
     if config.reliability and (failed := [pool.names[route] for route in trust.left_out()]):
         print(f"generate: {', '.join(failed)} had less accepted than {pool.names[-1]} would; left out", file=sys.stderr)
     if config.explain:
         explain(engine)
+
+
+def _turns(todo: Sequence[int], apart: Mapping[int, Method], order: str) -> list[Sequence[int]]:
+    """The prompts as they are served one after another: in parts where records would wait for whole drafters' turns."""
+    size = TURN if apart and order == "input" else len(todo)
+    return [todo[i : i + size] for i in range(0, len(todo), size)]
 
 
 def _served(job: _Job, engine: Engine, method: Method, rows: Sequence[int]) -> Iterator[tuple[int, Completion] | None]:

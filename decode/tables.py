@@ -13,9 +13,9 @@ import numpy as np
 from jaxspec.config import UserError
 from jaxspec.engine import Method, unrouted
 from jaxspec.router import ADAPTIVE
-from jaxspec.store.pool import Pool, read_table
+from jaxspec.store.pool import TRIGRAMS, Pool, read_table
 from jaxspec.store.prompts import Fault, Line
-from jaxspec.store.stages import write_arrays
+from jaxspec.store.stages import digest_of_file, write_arrays
 from jaxspec.text import Ask
 from jaxspec.trigrams import Growing
 
@@ -28,7 +28,7 @@ class Tables:
     """
 
     def __init__(self, pool: Pool, output: Path, begin: str):
-        self.file = output.with_name(f"{output.name}.trigrams.npz")
+        self.file = _left_by(output)
         self._growing = Growing(read_table(Path(begin), pool.mesh) if begin else pool.trigrams)
         self.method = Method("adaptive", unrouted, self._growing.params)
 
@@ -41,20 +41,36 @@ class Tables:
         write_arrays(self.file, jax.tree.map(np.asarray, self._growing.table)._asdict())
 
 
-def wanted(asks: Sequence[Ask | str]) -> bool:
-    """Whether tables draft for these prompts."""
-    return any(ask.request.route == ADAPTIVE for ask in asks if isinstance(ask, Ask))
+def wanted(drafter: str, asks: Sequence[Ask | str]) -> bool:
+    """Whether tables draft for these prompts, of which those that name none have this drafter."""
+    routes = [ask.request.route for ask in asks if isinstance(ask, Ask)]
+    return ADAPTIVE in routes if routes else drafter == "adaptive"
 
 
-def check(lines: Sequence[Line | Fault], asks: Sequence[Ask | str], begin: str, judging: Mapping[str, bool]) -> None:
+def begins_as(pool: str, begin: str) -> str | None:
+    """Identity of the file that a job's table begins as; None where it begins empty."""
+    return digest_of_file(Path(begin) if begin else Path(pool, TRIGRAMS)) or None
+
+
+def check(
+    lines: Sequence[Line | Fault],
+    asks: Sequence[Ask | str],
+    drafter: str,
+    begin: str,
+    output: Path,
+    judging: Mapping[str, bool],
+) -> None:
     """Raises UserError where tables would draft beside models, or nothing, or can not begin.
 
     Args:
+        drafter: of lines that name none.
         judging: flags of a job that judges models.
     """
     if begin and not Path(begin).is_file():
         raise UserError(f"--table {begin}: no such file; give the .trigrams.npz that a job has left beside its output")
-    if not wanted(asks):
+    if begin and Path(begin).resolve() == _left_by(output).resolve():
+        raise UserError(f"--table {begin} is where this job leaves its own; copy it to another place and give that")
+    if not wanted(drafter, asks):
         if begin:
             raise UserError("--table needs --drafter adaptive, which drafts with it; give both")
         return
@@ -76,3 +92,7 @@ def begun(pool: Pool, output: Path, begin: str, lines: Sequence[Line | Fault], a
         if isinstance(ask, Ask):
             tables.saw(ask.request.ids, record["token_ids"])
     return tables
+
+
+def _left_by(output: Path) -> Path:
+    return output.with_name(f"{output.name}.trigrams.npz")

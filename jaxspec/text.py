@@ -129,6 +129,11 @@ def drafter_named(facts: dict[str, Any], name: Any) -> int | None:
     whole = {drafter_names(facts)[-1]: TRUNK, **routes_outside(facts)}
     names = {**whole, **labels, **{task: i for i, task in enumerate(facts["tasks"])}}
     names.setdefault("adaptive", ADAPTIVE)
+    if isinstance(name, str) and name in whole.keys() & labels.keys():
+        task = facts["tasks"][labels[name]]
+        raise UserError(
+            f"{name!r} is the label of {task!r} and the name of another drafter of the pool; say {task!r}, or rename the other"
+        )
     if not isinstance(name, str) or name not in names:
         raise UserError(f"no drafter {name!r} in this pool; it has {', '.join(map(str, names))}")
     return names[name]

@@ -124,7 +124,7 @@ def test_the_pool_chooses_what_was_added_and_a_drafter_in_a_folder(larger, world
             assert counted(own) == counted(same)
 
 
-def test_a_drafter_that_has_changed_is_not_chosen_until_it_is_measured_again(finished, larger, tmp_path):
+def test_a_drafter_that_has_changed_is_not_chosen_until_it_is_measured_again(finished, larger, tmp_path, capsys):
     route = options(larger.facts).names.index("mine")
     file = extra_file(larger.path, "mine")
     before = file.read_bytes()
@@ -132,6 +132,7 @@ def test_a_drafter_that_has_changed_is_not_chosen_until_it_is_measured_again(fin
     with pytest.raises(UserError, match=r"mine\.safetensors has changed since .*`python -m train\.calibrate --pool"):
         larger.weights(route)
     calibrate.run(again(finished, larger.path, ("mine",), tmp_path))
+    assert "ngram, big, alone, which" in capsys.readouterr().out  # nobody has asked for these again
     found = load_pool(str(tmp_path / "pool"))
     assert found.facts["acceptance_length"]["mine"] == larger.facts["acceptance_length"]["task 2"]
     assert found.weights(found.names.index("task 2")) is not None

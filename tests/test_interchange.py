@@ -172,6 +172,7 @@ def test_what_a_pool_gave_away_comes_back_the_same_and_is_measured(own_pool, fol
         ({"r": 5}, "mine", "fits this drafter"),
         ({"r": None}, "mine", "says nothing of r; save the adapter again"),
         ({}, "mixed", "the pool or bench has that name already"),
+        ({}, "kitchen", "the pool or bench has that name already"),
         ({}, "routed", "the pool or bench has that name already"),
         ({}, "mine", "belongs on"),  # it was exported with the trunk, and is put on the base
         ({}, "../mine", "will not do"),

@@ -21,9 +21,10 @@ import pytest
 
 from decode import generate
 from jaxspec import pooled
-from jaxspec.config import command_line
+from jaxspec.config import UserError, command_line
 from jaxspec.store.pool import extra_file, load_pool
 from jaxspec.store.trees import write_tree
+from jaxspec.text import drafter_named
 
 ORDERS = ("input", "completed")
 
@@ -503,6 +504,27 @@ def test_a_line_has_the_drafter_that_it_names_and_the_others_texts_stay(named, b
     whole = output.read_bytes()
     output.write_bytes(whole[: len(whole) // 2])
     assert records_of(named, "both", "--batch", batch)[0].read_bytes() == whole
+
+
+def test_records_in_the_prompts_order_do_not_wait_for_all_that_name_whole_drafters(named, monkeypatch):
+    """No prompt of a later turn is served before those of an earlier one; the records are the same."""
+    served, real = [], generate._served
+    monkeypatch.setattr(generate, "_served", lambda *job: served.append([*job[-1]]) or real(*job))
+    whole, _ = records_of(named, "both", "--batch", 1)
+    monkeypatch.setattr(generate, "TURN", 4)
+    served.clear()
+    turned, _ = records_of(named, "both", "--batch", 1, "--admit-rows", 1)
+    assert turned.read_bytes() == whole.read_bytes()
+    turns = [i // 4 for rows in served for i in rows]
+    assert len(turns) == len(whole.read_bytes().splitlines()) and turns == sorted(turns)
+
+
+def test_a_name_that_a_task_and_another_drafter_have_is_asked_about(loaded):
+    label = loaded.facts["labels"][1]
+    facts = loaded.facts | {"added": {label: ""}}
+    assert drafter_named(loaded.facts, label) == drafter_named(facts, "task 1") == 1
+    with pytest.raises(UserError, match=f"'{label}' is the label of 'task 1' and the name of another.*say 'task 1'"):
+        drafter_named(facts, label)
 
 
 def test_lines_that_name_a_whole_drafter_do_not_change_who_serves_the_others(named):

@@ -13,7 +13,7 @@ from decode import bench, generate
 from jaxspec.config import Experiment, UserError
 from jaxspec.store.pool import draft_length, find_pool, load_pool
 from jaxspec.store.recalibration import SAMPLE, read_sample
-from jaxspec.store.stages import read_arrays
+from jaxspec.store.stages import copy_files, read_arrays
 from jaxspec.store.traces import read_traces
 from tests.test_rivals import change
 from train import __main__ as pipeline
@@ -122,6 +122,22 @@ def test_pools_that_do_not_say_where_they_were_calibrated_are_taken_by_their_man
     manifest["config"] = {"refresh": {}}  # of a device that had nothing to do with calibration
     (tmp_path / "pool" / "manifest.json").write_text(json.dumps(manifest))
     assert find_pool(str(tmp_path / "pool"))[1]["calibrated"]["device"] is None
+
+
+def test_a_copy_holds_what_there_is_now_and_spares_what_is_its_own(tmp_path):
+    """A drafter that was taken away while a copy was cut off is in it no more."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for file in ("bank", "gone", "feature/plain/weights", "manifest.json", ".torn.part"):
+        (old / file).parent.mkdir(parents=True, exist_ok=True)
+        (old / file).write_text(f"old {file}")
+    new.mkdir()
+    (new / "manifest.json").write_text("own")
+    copy_files(old, new, ("manifest.json",))
+    (old / "gone").unlink()
+    copy_files(old, new, ("manifest.json",))
+    found = {str(file.relative_to(new)): file.read_text() for file in new.rglob("*") if file.is_file()}
+    own = {name: f"old {name}" for name in ("bank", "feature/plain/weights")}
+    assert found == own | {"manifest.json": "own"}
 
 
 def test_what_cannot_be_calibrated_again_says_what_can(pool, here, finished, tmp_path):

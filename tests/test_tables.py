@@ -168,6 +168,27 @@ def test_a_file_that_is_no_table_or_that_nothing_drafts_with_is_refused(job, who
     whole.write_bytes(written)
 
 
+def test_a_table_that_is_the_jobs_own_or_another_than_it_began_with_is_refused(job, whole, tmp_path, capsys):
+    left = table_of(whole)
+    with pytest.raises(SystemExit):
+        job("whole.jsonl", *ADAPTIVE, "--table", whole.with_name(f"{whole.name}.trigrams.npz"))
+    assert "where this job leaves its own; copy it" in capsys.readouterr().err
+    write_arrays(tmp_path / "table.npz", left)
+    begun = job("begun.jsonl", *ADAPTIVE, "--table", tmp_path / "table.npz")
+    begun.write_bytes(begun.read_bytes()[:300])
+    write_arrays(tmp_path / "table.npz", left | {"weight": 2 * left["weight"]})
+    with pytest.raises(SystemExit):
+        job("begun.jsonl", *ADAPTIVE, "--table", tmp_path / "table.npz")
+    assert "was begun with table " in capsys.readouterr().err
+
+
+def test_where_no_line_can_be_answered_that_is_what_is_told(job, whole, tmp_path, capsys):
+    write_arrays(tmp_path / "table.npz", table_of(whole))
+    with pytest.raises(SystemExit):
+        job("unanswered.jsonl", *ADAPTIVE, "--table", tmp_path / "table.npz", lines=[{"prompt": "stir " * 5000}])
+    assert "1 prompts were not answered" in capsys.readouterr().err
+
+
 def test_a_drafter_of_the_job_serves_the_lines_that_name_none(job, lines):
     named = [lines[0], lines[1] | {"drafter": "trunk"}]
     assert [own["drafter"] for own in records(job("named.jsonl", "--drafter", "task 1", lines=named, k=2))] == [

@@ -93,6 +93,10 @@ def _again(experiment: Experiment) -> None:
     found = {"target": pool.pair.target.path, "draft": pool.pair.draft.path}
     places = {name: facts[name] | {"path": str(Path(path).resolve())} for name, path in found.items()}
     _finish(stage, facts | places | _measured(experiment, pool, sample, further))
+    kept = {own.name for own in further}
+    if lost := [name for name in (*facts["further"], *filter(facts["added"].get, facts["added"])) if name not in kept]:
+        said = f"{', '.join(lost)}, which {folder} chooses among, were not asked for and are not measured"
+        print(f"calibrate: {said}; --calibrate.further names them, with another --out")
 
 
 def _open(experiment: Experiment, parents: dict[str, str], **known: Any) -> Stage:

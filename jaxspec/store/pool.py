@@ -1,6 +1,5 @@
 """The pool: all that decoding needs. Target and base by path and digest, the adapter bank, mixed, router, calibration."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from jaxspec.requests import MAX_DRAFT, checked
 from jaxspec.router import TRUNK, RouterParams
 from jaxspec.store.huggingface import Model
 from jaxspec.store.models import Pair, read_pair, with_draft
-from jaxspec.store.stages import MANIFEST, read_arrays, read_json
+from jaxspec.store.stages import MANIFEST, digest_of_file, read_arrays, read_json
 from jaxspec.store.trees import read_tree
 from jaxspec.transformer import LMConfig, abstract
 from jaxspec.widening import outline, widened
@@ -163,8 +162,7 @@ def added_to(folder: Path) -> list[str]:
 
 def digest_of_added(folder: Path, name: str) -> str:
     """Identity of a drafter that was added; none of one that is gone."""
-    file = extra_file(folder, name)
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.exists() else ""
+    return digest_of_file(extra_file(folder, name))
 
 
 def load_pool(path: str, *, target: str = "", draft: str = "", dtype: str = "", mesh: Mesh | None = None) -> Pool:

@@ -37,6 +37,11 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def digest_of_file(file: Path) -> str:
+    """Sixteen digits that identify a file's bytes; none where there is no file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.exists() else ""
+
+
 def open_stage(out: str, name: str, *, config: dict, parents: dict[str, str]) -> Stage:
     """Claims `out/name` for one experiment, or finds it complete or to be resumed.
 
@@ -127,10 +132,14 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
 
 
 def copy_files(folder: Path, to: Path, apart_from: Sequence[str]) -> None:
-    """Copies a stage's files into another's folder, but for those of these names."""
-    for file in folder.iterdir():
-        if file.is_file() and file.name not in apart_from:
-            write_whole(to / file.name, lambda part, file=file: shutil.copyfile(file, part))
+    """Makes a stage's files, and those in its folders, another's, which keeps those of these names as they are."""
+    files = lambda root: {file.relative_to(root) for file in root.rglob("*") if file.is_file()}
+    wanted = {file for file in files(folder) if str(file) not in apart_from and not file.name.startswith(".")}
+    for gone in {file for file in files(to) - wanted if str(file) not in apart_from}:
+        (to / gone).unlink()  # left by a copy that was cut off
+    for file in sorted(wanted):
+        (to / file).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(to / file, lambda part, file=file: shutil.copyfile(folder / file, part))
 
 
 def is_writer() -> bool:
