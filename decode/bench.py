@@ -29,8 +29,11 @@ from jaxspec.config import UserError, command_line
 from jaxspec.engine import Engine
 from jaxspec.requests import Request, bucket_of, room_of
 from jaxspec.router import TRUNK
+from jaxspec.store.facts import calibration, draft_length, find_pool
+from jaxspec.store.loading import load_pool, with_target
 from jaxspec.store.models import encode
-from jaxspec.store.pool import ONLINE, TEST, Pool, calibration, draft_length, find_pool, load_pool, with_target
+from jaxspec.store.names import ONLINE, TEST
+from jaxspec.store.pool import Pool
 from jaxspec.store.prompts import Line, read_prompts
 from jaxspec.store.recalibration import elsewhere
 from jaxspec.store.stages import write_json

@@ -28,7 +28,7 @@ from jaxspec.candidates import HIT, MISS, PARTIAL
 from jaxspec.config import UserError, command_line
 from jaxspec.engine import Engine
 from jaxspec.requests import bucket_of, room_of
-from jaxspec.store.pool import draft_length
+from jaxspec.store.facts import draft_length
 from jaxspec.store.stages import write_json
 from jaxspec.timing import timed
 

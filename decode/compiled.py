@@ -21,7 +21,8 @@ from decode.generate import by_program
 from jaxspec import pooled, serving
 from jaxspec.config import UserError, command_line
 from jaxspec.requests import bucket_of, room_of
-from jaxspec.store.pool import draft_length, load_pool
+from jaxspec.store.facts import draft_length
+from jaxspec.store.loading import load_pool
 from jaxspec.store.stages import read_json, write_json
 
 CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}

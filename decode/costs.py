@@ -1,7 +1,8 @@
 """What methods took to train: parameters and seconds, as a pool's stages wrote them down; None where they did not."""
 
 from jaxspec.store import features
-from jaxspec.store.pool import EXTRAS, Pool
+from jaxspec.store.names import EXTRAS
+from jaxspec.store.pool import Pool
 from jaxspec.store.stages import read_json
 
 Cost = dict[str, float]

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from jaxspec.adapters import Whole
 from jaxspec.config import UserError, command_line
 from jaxspec.store.huggingface import write_tensors
+from jaxspec.store.loading import load_pool
 from jaxspec.store.peft import write_adapter
-from jaxspec.store.pool import Pool, load_pool
+from jaxspec.store.pool import Pool
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf")
 

@@ -13,7 +13,8 @@ from jaxspec.engine import Seconds
 from jaxspec.requests import Completion, Request
 from jaxspec.router import TRUNK
 from jaxspec.store.families import drafter_name
-from jaxspec.store.pool import POINTS, Pool
+from jaxspec.store.names import POINTS
+from jaxspec.store.pool import Pool
 from jaxspec.store.prompts import Line
 from jaxspec.store.stages import read_arrays
 

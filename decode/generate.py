@@ -33,11 +33,14 @@ from jaxspec.experience import Experience
 from jaxspec.plan import GIB, Load, device_memory, fit, table
 from jaxspec.reliability import Reliability
 from jaxspec.requests import MAX_DRAFT, SETTINGS, Request, bucket_of, checked
+from jaxspec.store.facts import draft_length, find_pool
 from jaxspec.store.families import drafter_name, options, routes_outside
 from jaxspec.store.huggingface import read_config, read_tokenizer
+from jaxspec.store.loading import load_pool
 from jaxspec.store.models import encode
+from jaxspec.store.names import digest_of_added
 from jaxspec.store.parts import alone, merge, own_rows, part_file, same_job, unfinished
-from jaxspec.store.pool import Pool, digest_of_added, draft_length, find_pool, load_pool
+from jaxspec.store.pool import Pool
 from jaxspec.store.prompts import Fault, Line, read_lines
 from jaxspec.store.recalibration import elsewhere
 from jaxspec.text import Ask, Completion, drafter_named, nodes_of_tables, room_for, serve

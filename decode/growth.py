@@ -30,7 +30,9 @@ from jaxspec.config import UserError, command_line
 from jaxspec.engine import Engine, Method
 from jaxspec.requests import Request, room_of
 from jaxspec.roofline import floor
-from jaxspec.store.pool import Pool, find_pool, load_pool
+from jaxspec.store.facts import find_pool
+from jaxspec.store.loading import load_pool
+from jaxspec.store.pool import Pool
 from jaxspec.store.stages import read_json, write_json
 from jaxspec.timing import paced
 

@@ -1,6 +1,6 @@
 """The methods of a bench, a row each: who drafts for which prompt, and the program that decodes it.
 
-A method more is a row of `RECIPES`, its name in `store.pool.METHODS`, and a row in the tests' table of laws. Methods without a
+A method more is a row of `RECIPES`, its name in `store.names.METHODS`, and a row in the tests' table of laws. Methods without a
 row are drafters that were added to a pool, which serve every prompt with the chains of `routed`.
 """
 
@@ -23,8 +23,10 @@ from jaxspec.engine import Engine, Method
 from jaxspec.requests import MAX_DRAFT, MAX_NODES
 from jaxspec.router import TRUNK
 from jaxspec.store import features
+from jaxspec.store.facts import draft_length
 from jaxspec.store.families import Options, options
-from jaxspec.store.pool import FEATURE, MERGED, METHODS, ONLINE, TRIGRAMS, Pool, draft_length, extra_file
+from jaxspec.store.names import FEATURE, MERGED, METHODS, ONLINE, TRIGRAMS, extra_file
+from jaxspec.store.pool import Pool
 from jaxspec.store.stages import MANIFEST
 
 

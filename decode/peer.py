@@ -36,7 +36,8 @@ from jaxspec.engine import Method, Seconds, unrouted
 from jaxspec.metrics import Counts, counts
 from jaxspec.requests import Completion, Request
 from jaxspec.router import TRUNK
-from jaxspec.store.pool import Pool, draft_length
+from jaxspec.store.facts import draft_length
+from jaxspec.store.pool import Pool
 from jaxspec.store.stages import write_json
 
 OURS, THEIRS = ("autoregressive", "routed"), ("generate", "assisted")

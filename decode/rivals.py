@@ -7,7 +7,9 @@ from typing import NamedTuple, TypeVar
 from decode.figures import Ask
 from jaxspec.config import UserError
 from jaxspec.store.families import Place, place
-from jaxspec.store.pool import METHODS, Pool, extra_file, load_beside
+from jaxspec.store.loading import load_beside
+from jaxspec.store.names import METHODS, extra_file
+from jaxspec.store.pool import Pool
 
 Row = TypeVar("Row")
 

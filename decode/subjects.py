@@ -14,7 +14,9 @@ from jaxspec.adapters import init_bank
 from jaxspec.config import UserError
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.requests import MAX_DRAFT, bucket_of
-from jaxspec.store.pool import Pool, draft_length, load_pool
+from jaxspec.store.facts import draft_length
+from jaxspec.store.loading import load_pool
+from jaxspec.store.pool import Pool
 from jaxspec.timing import MORE
 from jaxspec.transformer import LMConfig, abstract
 

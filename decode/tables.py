@@ -7,15 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax
-import numpy as np
-
 from jaxspec.config import UserError
 from jaxspec.engine import Method, unrouted
 from jaxspec.router import ADAPTIVE
-from jaxspec.store.pool import TRIGRAMS, Pool, read_table
+from jaxspec.store.names import TRIGRAMS
+from jaxspec.store.pool import Pool
 from jaxspec.store.prompts import Fault, Line
-from jaxspec.store.stages import digest_of_file, write_arrays
+from jaxspec.store.stages import digest_of_file
+from jaxspec.store.tables import read_table, write_table
 from jaxspec.text import Ask
 from jaxspec.trigrams import Growing
 
@@ -38,7 +37,7 @@ class Tables:
 
     def write(self) -> None:
         """Leaves the table beside the output."""
-        write_arrays(self.file, jax.tree.map(np.asarray, self._growing.table)._asdict())
+        write_table(self.file, self._growing.table)
 
 
 def wanted(drafter: str, asks: Sequence[Ask | str]) -> bool:

@@ -30,8 +30,10 @@ from jaxspec.config import Mesh, UserError, command_line
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.engine import Engine, Method, unrouted
 from jaxspec.requests import Completion, Request, bucket_of, checked, room_of
+from jaxspec.store.facts import draft_length
+from jaxspec.store.loading import load_pool
 from jaxspec.store.models import encode
-from jaxspec.store.pool import Pool, draft_length, load_pool
+from jaxspec.store.pool import Pool
 from jaxspec.store.prompts import read_prompts
 from jaxspec.store.stages import write_json
 from jaxspec.timing import slope

@@ -17,8 +17,11 @@ from jaxspec.config import UserError
 from jaxspec.engine import Engine, Method, Routes
 from jaxspec.plan import GIB, Load
 from jaxspec.requests import Request, checked
+from jaxspec.store.facts import calibration, tokens_a_round
 from jaxspec.store.families import options
-from jaxspec.store.pool import Pool, calibration, drafter_names, measured_names, tokens_a_round, widen
+from jaxspec.store.loading import widen
+from jaxspec.store.names import drafter_names, measured_names
+from jaxspec.store.pool import Pool
 from jaxspec.timing import timed
 
 SAMPLE, TOKENS, PASSES = 4, 32, 2  # prompts a slot, tokens of each and passes by which rounds are timed

@@ -7,8 +7,8 @@ from jaxspec.engine import unrouted as unrouted
 from jaxspec.requests import Request as Request
 from jaxspec.speculate import run as run
 from jaxspec.speculate import speculator as speculator
+from jaxspec.store.loading import load_pool as load_pool
 from jaxspec.store.pool import Pool as Pool
-from jaxspec.store.pool import load_pool as load_pool
 from jaxspec.target import lm_target as lm_target
 from jaxspec.text import Completion as Completion
 from jaxspec.text import Piece as Piece

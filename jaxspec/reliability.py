@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxspec.engine import Method, Routes
 from jaxspec.router import TRUNK
-from jaxspec.store.pool import drafter_names, tokens_a_round
+from jaxspec.store.facts import tokens_a_round
+from jaxspec.store.names import drafter_names
 
 DECAY = 0.9  # what a prompt's evidence is worth after one more of the same drafter
 EVIDENCE = 10.0  # rounds below which nobody is judged

@@ -21,7 +21,8 @@ from jaxspec.prepared import adapted, dtype_of, few, laid, target_in_blocks
 from jaxspec.router import RouterParams
 from jaxspec.store.families import NGRAM, Options, companion, drafter_name
 from jaxspec.store.features import Learnt
-from jaxspec.store.pool import Pool, measured_names
+from jaxspec.store.names import measured_names
+from jaxspec.store.pool import Pool
 
 LOST = 1.5  # limits away from its task beyond which a prompt is taken for nobody's
 

@@ -182,6 +182,11 @@ def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree, shardings(specs, mesh))
 
 
+def whole(tree: Any, mesh: Mesh | None) -> Any:
+    """The tree on every device of the mesh, as drafters that draft are; as it is without one."""
+    return tree if mesh is None else place(tree, param_specs(tree, "drafter"), mesh)
+
+
 def gathered(tree: Any) -> Any:
     """The tree with leaves that every process can read; those split over several processes are gathered by all of them."""
     here = lambda leaf: leaf.is_fully_addressable or leaf.is_fully_replicated

@@ -18,9 +18,11 @@ from jaxspec.engine import FOREVER, Engine, Method
 from jaxspec.requests import MAX_DRAFT, SETTINGS, Request, bucket_of, checked, room_of
 from jaxspec.requests import Completion as Row
 from jaxspec.router import ADAPTIVE, TRUNK
+from jaxspec.store.facts import draft_length
 from jaxspec.store.families import drafter_name, options, routes_outside
 from jaxspec.store.models import encode
-from jaxspec.store.pool import Pool, draft_length, drafter_names
+from jaxspec.store.names import drafter_names
+from jaxspec.store.pool import Pool
 from jaxspec.store.prompts import Line
 
 Prompt = str | Sequence[Mapping[str, str]]

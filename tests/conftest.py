@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxspec.config import Align, Calibrate, Experiment, Partition, Router, Trace
 from jaxspec.store.huggingface import write_model
-from jaxspec.store.pool import Pool, load_pool
+from jaxspec.store.loading import load_pool
+from jaxspec.store.pool import Pool
 from jaxspec.transformer import LMConfig, init
 from train import __main__ as pipeline
 

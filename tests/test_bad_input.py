@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from decode import bench, generate, report
 from jaxspec.config import Experiment, check_numbers, command_line
 from jaxspec.store.huggingface import read_tokenizer, write_model
+from jaxspec.store.loading import load_pool
 from jaxspec.store.parts import alone
-from jaxspec.store.pool import load_pool
 from jaxspec.store.stages import write_arrays, write_json
 from jaxspec.store.trees import write_tree
 from train import __main__ as pipeline

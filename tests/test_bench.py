@@ -20,8 +20,9 @@ from jaxspec.config import UserError
 from jaxspec.requests import Request
 from jaxspec.router import TRUNK
 from jaxspec.store.families import options
-from jaxspec.store.pool import FEATURE, MERGED, REPLAY, load_pool
-from jaxspec.store.pool import METHODS as pool_methods
+from jaxspec.store.loading import load_pool
+from jaxspec.store.names import FEATURE, MERGED, REPLAY
+from jaxspec.store.names import METHODS as pool_methods
 from jaxspec.store.prompts import Line
 from jaxspec.store.stages import read_arrays
 from jaxspec.transformer import NARROW

@@ -14,7 +14,7 @@ from decode.card import Card, simulated
 from jaxspec import pooled, serving, sharding
 from jaxspec.config import Mesh, UserError
 from jaxspec.requests import Request, room_of
-from jaxspec.store.pool import load_pool
+from jaxspec.store.loading import load_pool
 
 
 def test_the_command_counts_and_simulates(pool, world, tmp_path, capsys):

@@ -9,7 +9,8 @@ import pytest
 
 import jaxspec
 from decode import generate
-from jaxspec.store.pool import draft_length, find_pool, load_pool
+from jaxspec.store.facts import draft_length, find_pool
+from jaxspec.store.loading import load_pool
 from train import calibrate
 
 

@@ -16,8 +16,10 @@ from jaxspec.drafters import ngram_drafter
 from jaxspec.engine import Method, unrouted
 from jaxspec.requests import MAX_DRAFT, Request
 from jaxspec.router import TRUNK
+from jaxspec.store.facts import calibration
 from jaxspec.store.families import companion, drafter_name, options, routes_outside
-from jaxspec.store.pool import BANK, MIXED, calibration, digest_of_added, extra_file, load_pool
+from jaxspec.store.loading import load_pool
+from jaxspec.store.names import BANK, MIXED, digest_of_added, extra_file
 from jaxspec.store.stages import read_arrays
 from jaxspec.store.traces import read_traces
 from jaxspec.store.trees import write_tree

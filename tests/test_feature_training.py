@@ -19,7 +19,7 @@ from jaxspec.config import UserError
 from jaxspec.drafters.feature import VARIANTS, init_weights, single_layer
 from jaxspec.regression import before, noisy, smooth_l1, trainer
 from jaxspec.store import features
-from jaxspec.store.pool import load_pool
+from jaxspec.store.loading import load_pool
 from jaxspec.store.stages import read_json
 from train import feature
 from train.feature import Feature

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from decode import bench, export
 from jaxspec.config import command_line
-from jaxspec.store.pool import extra_file, load_pool
+from jaxspec.store.loading import load_pool
+from jaxspec.store.names import extra_file
 from jaxspec.store.trees import write_tree
 from jaxspec.transformer import forward, unembed
 from train import adopt

@@ -22,7 +22,8 @@ import pytest
 from decode import generate
 from jaxspec import pooled
 from jaxspec.config import UserError, command_line
-from jaxspec.store.pool import extra_file, load_pool
+from jaxspec.store.loading import load_pool
+from jaxspec.store.names import extra_file
 from jaxspec.store.trees import write_tree
 from jaxspec.text import drafter_named
 

@@ -10,7 +10,7 @@ import pytest
 from jaxspec import joining, pooled, prepared, serving
 from jaxspec.adapters import init_bank, merge, select
 from jaxspec.requests import Request, room_of
-from jaxspec.store import pool as pools
+from jaxspec.store import loading
 from jaxspec.transformer import LMConfig, empty_cache, extend, forward, init, lay_out
 
 PLAIN = LMConfig(
@@ -75,12 +75,12 @@ def test_an_adapter_on_joined_weights_is_refused_not_left_out():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch, pool):
     """The pool as one accelerator holds it."""
-    for module in (pools, prepared):
+    for module in (loading, prepared):
         monkeypatch.setattr(module, "pays", lambda params: True)
     for module in (pooled, prepared, serving):
         monkeypatch.setattr(module, "few", lambda *own: False)
     prepared.adapted.cache_clear()
-    yield pools.load_pool(pool)
+    yield loading.load_pool(pool)
     prepared.adapted.cache_clear()
 
 
@@ -99,7 +99,7 @@ def test_a_pool_with_joined_weights_says_what_it_said(as_on_a_gpu, loaded, slots
 def test_a_joined_target_is_widened_like_another(as_on_a_gpu, loaded):
     own = loaded.pair.target.config
     shape = dataclasses.replace(own, width=64, num_layers=3, num_heads=8, num_kv_heads=4, mlp_width=64, vocab_size=512)
-    wide, plain = (pools.widen(own, shape).pair.target for own in (as_on_a_gpu, loaded))
+    wide, plain = (loading.widen(own, shape).pair.target for own in (as_on_a_gpu, loaded))
     tokens = jnp.arange(5, 15)[None]
     assert "qkv" in wide.params["layers"][2]["attention"]
     np.testing.assert_allclose(

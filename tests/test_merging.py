@@ -13,7 +13,7 @@ from decode import bench
 from jaxspec import merging
 from jaxspec.adapters import Whole, added, init_bank, merge, updates
 from jaxspec.config import UserError
-from jaxspec.store.pool import load_pool
+from jaxspec.store.loading import load_pool
 from jaxspec.store.stages import write_arrays
 from tests import fleet
 from train import extras

@@ -11,7 +11,8 @@ import pytest
 
 from decode import bench, generate
 from jaxspec.config import Experiment, UserError
-from jaxspec.store.pool import draft_length, find_pool, load_pool
+from jaxspec.store.facts import draft_length, find_pool
+from jaxspec.store.loading import load_pool
 from jaxspec.store.recalibration import SAMPLE, read_sample
 from jaxspec.store.stages import copy_files, read_arrays
 from jaxspec.store.traces import read_traces

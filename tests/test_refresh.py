@@ -11,7 +11,8 @@ import pytest
 from jaxspec import pooled, replay, router, shift
 from jaxspec.config import command_line
 from jaxspec.replay import Known, Served
-from jaxspec.store.pool import REPLAY, load_pool
+from jaxspec.store.loading import load_pool
+from jaxspec.store.names import REPLAY
 from jaxspec.store.stages import read_arrays, write_arrays
 from train import refresh
 

@@ -17,8 +17,10 @@ from jaxspec.config import UserError
 from jaxspec.engine import Seconds
 from jaxspec.metrics import Counts
 from jaxspec.requests import Completion, Request
+from jaxspec.store.facts import draft_length
 from jaxspec.store.families import Place
-from jaxspec.store.pool import BANK, MIXED, ROUTER, draft_length, load_beside
+from jaxspec.store.loading import load_beside
+from jaxspec.store.names import BANK, MIXED, ROUTER
 from jaxspec.store.prompts import Line
 from jaxspec.store.trees import write_tree
 

@@ -18,7 +18,7 @@ from jaxspec import pooled, serving, sharding
 from jaxspec.config import Mesh, UserError
 from jaxspec.requests import Request, room_of
 from jaxspec.store.curves import read_curves
-from jaxspec.store.pool import load_pool
+from jaxspec.store.loading import load_pool
 from jaxspec.store.traces import read_traces
 from jaxspec.transformer import abstract, empty_cache
 from tests import fleet

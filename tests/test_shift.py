@@ -13,7 +13,8 @@ from decode import generate
 from decode.generate import Generate
 from jaxspec import pooled, shift
 from jaxspec.config import UserError
-from jaxspec.store.pool import NORMAL, load_pool
+from jaxspec.store.loading import load_pool
+from jaxspec.store.names import NORMAL
 from jaxspec.store.prompts import read_prompts
 from jaxspec.store.stages import write_arrays
 

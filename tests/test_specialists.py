@@ -12,7 +12,7 @@ from jaxspec import pooled, serving
 from jaxspec.adapters import Whole
 from jaxspec.config import UserError
 from jaxspec.requests import Request, room_of
-from jaxspec.store.pool import load_pool
+from jaxspec.store.loading import load_pool
 from jaxspec.store.stages import manifest
 from train import align, calibrate, extras, router
 

@@ -12,7 +12,7 @@ import jaxspec
 from decode import generate
 from jaxspec import pooled, trigrams
 from jaxspec.config import command_line
-from jaxspec.store.pool import load_pool
+from jaxspec.store.loading import load_pool
 from jaxspec.store.stages import read_arrays, write_arrays
 
 ADAPTIVE = ("--drafter", "adaptive")

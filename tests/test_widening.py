@@ -15,8 +15,9 @@ from decode.throughput import Throughput
 from jaxspec import pooled, serving, sharding, widening
 from jaxspec.config import Mesh, UserError
 from jaxspec.requests import Request
+from jaxspec.store.facts import calibration, draft_length
 from jaxspec.store.families import options
-from jaxspec.store.pool import calibration, draft_length, widen
+from jaxspec.store.loading import widen
 from jaxspec.transformer import LMConfig, Rope, abstract, extend, forward, prefill, unembed
 from jaxspec.widening import outline
 from tests.conftest import TARGET, random_params

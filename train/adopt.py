@@ -15,8 +15,10 @@ from typing import Literal
 from jaxspec.adapters import merge
 from jaxspec.config import UserError, command_line
 from jaxspec.store.huggingface import digest
+from jaxspec.store.loading import load_pool
+from jaxspec.store.names import METHODS, NAME, extra_file
 from jaxspec.store.peft import base_of, read_adapter
-from jaxspec.store.pool import METHODS, NAME, Pool, extra_file, load_pool
+from jaxspec.store.pool import Pool
 from jaxspec.store.trees import write_tree
 
 

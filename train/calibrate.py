@@ -27,21 +27,13 @@ from jaxspec.config import Calibrate, Experiment, UserError, command_line, plain
 from jaxspec.drafters import ngram_drafter
 from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
 from jaxspec.store.assembly import assembled
+from jaxspec.store.facts import calibration, draft_length, find_pool, served_by_trunk
 from jaxspec.store.families import NGRAM, Place, beside, options, place
 from jaxspec.store.huggingface import check_same_tokenizer, read_config, read_tokenizer
+from jaxspec.store.loading import load_pool
 from jaxspec.store.models import Pair
-from jaxspec.store.pool import (
-    METHODS,
-    Pool,
-    added_to,
-    calibration,
-    digest_of_added,
-    draft_length,
-    drafter_names,
-    find_pool,
-    load_pool,
-    served_by_trunk,
-)
+from jaxspec.store.names import METHODS, added_to, digest_of_added, drafter_names
+from jaxspec.store.pool import Pool
 from jaxspec.store.recalibration import Sample, read_sample, sampled, write_sample
 from jaxspec.store.stages import (
     CLAIM,

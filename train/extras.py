@@ -20,9 +20,11 @@ from jaxspec import merging, sharding, trigrams
 from jaxspec.adapters import added, updates
 from jaxspec.config import Experiment, command_line
 from jaxspec.forced import Judge
-from jaxspec.store.pool import EXTRAS, TRIGRAMS, extra_file, load_pool
+from jaxspec.store.loading import load_pool
+from jaxspec.store.names import EXTRAS, TRIGRAMS, extra_file
 from jaxspec.store.recalibration import sampled
-from jaxspec.store.stages import manifest, read_arrays, write_arrays, write_json
+from jaxspec.store.stages import manifest, read_arrays, write_json
+from jaxspec.store.tables import write_table
 from jaxspec.store.traces import Traces, check_models, read_traces
 from jaxspec.store.trees import write_tree
 
@@ -61,9 +63,9 @@ def _counted(file: Path, traces: Traces, partition: dict) -> dict[str, float]:
     """Counts the train split's trigrams and writes the table; what is said of it."""
     started = time.time()
     texts = [traces.tokens[i] for i in np.flatnonzero(partition["split"] == 0)]
-    table = jax.tree.map(np.asarray, trigrams.counted(texts))
-    write_arrays(file, table._asdict())
-    known = int((table.bigram[:, 1] != trigrams.NOBODY).sum())
+    table = trigrams.counted(texts)
+    write_table(file, table)
+    known = int((np.asarray(table.bigram)[:, 1] != trigrams.NOBODY).sum())
     print(f"extras: adaptive: {known} bigrams of {len(texts)} texts in {len(table.bigram)} buckets")
     size: dict[str, float] = {
         "texts": len(texts),

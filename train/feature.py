@@ -27,8 +27,10 @@ from jaxspec.metrics import measures, total
 from jaxspec.packing import as_batch, packed_rows, places
 from jaxspec.regression import trainer
 from jaxspec.requests import Request, bucket_of, room_of
+from jaxspec.store.facts import draft_length
 from jaxspec.store.features import Learnt, folder_of, measured_of, write_learnt
-from jaxspec.store.pool import Pool, draft_length, load_pool
+from jaxspec.store.loading import load_pool
+from jaxspec.store.pool import Pool
 from jaxspec.store.stages import manifest, open_stage, read_arrays
 from jaxspec.store.traces import Traces, check_models, read_traces
 from jaxspec.store.trees import Checkpoints

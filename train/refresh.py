@@ -20,7 +20,8 @@ from jaxspec import replay, router, shift
 from jaxspec.config import UserError, command_line
 from jaxspec.replay import Known, Served
 from jaxspec.router import RouterParams
-from jaxspec.store.pool import NORMAL, REPLAY, ROUTER, drafter_names, find_pool
+from jaxspec.store.facts import find_pool
+from jaxspec.store.names import NORMAL, REPLAY, ROUTER, drafter_names
 from jaxspec.store.stages import CLAIM, MANIFEST, copy_files, digest_of, finish, open_stage, read_arrays, write_arrays
 from jaxspec.store.trees import read_tree, write_tree
 

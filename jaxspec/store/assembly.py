@@ -13,8 +13,10 @@ from jaxspec import router, sharding, shift
 from jaxspec.config import Experiment
 from jaxspec.replay import Known, bounded_by_task
 from jaxspec.store.curves import read_curves
+from jaxspec.store.loading import known_pool
 from jaxspec.store.models import read_pair
-from jaxspec.store.pool import BANK, MIXED, NORMAL, POINTS, REPLAY, ROUTER, TEST, TRUNK_FILE, Pool, known_pool
+from jaxspec.store.names import BANK, MIXED, NORMAL, POINTS, REPLAY, ROUTER, TEST, TRUNK_FILE
+from jaxspec.store.pool import Pool
 from jaxspec.store.stages import manifest, write_arrays, write_whole
 from jaxspec.store.traces import Traces
 

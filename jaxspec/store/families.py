@@ -15,18 +15,10 @@ import numpy as np
 
 from jaxspec import router
 from jaxspec.config import UserError
-from jaxspec.store.pool import (
-    NAME,
-    Pool,
-    calibration,
-    draft_length,
-    drafter_names,
-    expected_seconds,
-    load_beside,
-    lone_drafter,
-    measured_names,
-    tokens_a_round,
-)
+from jaxspec.store.facts import calibration, draft_length, expected_seconds, tokens_a_round
+from jaxspec.store.loading import load_beside, lone_drafter
+from jaxspec.store.names import NAME, drafter_names, measured_names
+from jaxspec.store.pool import Pool
 from jaxspec.store.stages import MANIFEST
 
 NGRAM = "ngram"

@@ -9,7 +9,8 @@ import jax
 from jaxspec.config import UserError, plain
 from jaxspec.drafters.feature import FeatureWeights, init_weights
 from jaxspec.store.huggingface import Model
-from jaxspec.store.pool import FEATURE, Pool
+from jaxspec.store.names import FEATURE
+from jaxspec.store.pool import Pool
 from jaxspec.store.stages import MANIFEST, Stage, finish, read_json
 from jaxspec.store.trees import read_tree, write_tree
 from jaxspec.transformer import LMConfig, Rope

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspec.config import UserError
-from jaxspec.store.stages import device_in_use, read_arrays, write_arrays
+from jaxspec.store.stages import device_in_use, read_fields, write_arrays
 from jaxspec.store.traces import Texts, Traces
 
 SAMPLE = "sample.npz"
@@ -71,9 +71,7 @@ def read_sample(folder: Path) -> Sample:
         raise UserError(
             f"{folder} was made by an earlier version and has no {SAMPLE} to be calibrated by; {again}, which keeps one"
         )
-    arrays = read_arrays(folder / SAMPLE)
-    if missing := FIELDS - {*arrays}:
-        raise UserError(f"{folder / SAMPLE} is damaged (it lacks {', '.join(sorted(missing))}); {again}")
+    arrays = read_fields(folder / SAMPLE, FIELDS, again)
     length, prompt_length = arrays["length"], arrays["prompt_length"]
     tokens = np.split(arrays["tokens"], np.cumsum(length)[:-1])
     best = np.zeros((len(length), int((length - prompt_length).max(initial=0))), np.int32)

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,6 +129,14 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{file} is not there; run the stage that writes it again") from error
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is damaged ({error}); remove it and run the stage again") from error
+
+
+def read_fields(file: Path, fields: Iterable[str], remedy: str) -> dict[str, np.ndarray]:
+    """An .npz of ours that has these arrays; UserError, which ends with the remedy, where it lacks one."""
+    arrays = read_arrays(file)
+    if missing := {*fields} - {*arrays}:
+        raise UserError(f"{file} is damaged (it lacks {', '.join(sorted(missing))}); {remedy}")
+    return arrays
 
 
 def copy_files(folder: Path, to: Path, apart_from: Sequence[str]) -> None:

@@ -36,6 +36,11 @@ def read_tree(file: Path, like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), values)
 
 
+def read_weights(file: Path, like: Any) -> Any:
+    """Reads a tree of the structure, shapes and types of `like`; UserError as of `read_tree`."""
+    return jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), read_tree(file, like), like)
+
+
 class Checkpoints:
     """The last checkpoint of a training run, so that a killed one goes on; a tree of arrays a step, by Orbax."""
 
