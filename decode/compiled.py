@@ -11,15 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from decode.generate import by_program
 from jaxspec import pooled, serving
 from jaxspec.config import UserError, command_line
+from jaxspec.engine import Engine
 from jaxspec.requests import bucket_of, room_of
 from jaxspec.store.facts import draft_length
 from jaxspec.store.loading import load_pool
@@ -62,6 +63,22 @@ def run(config: Compiling) -> None:
     engine.warm_up(serving.routed(pool, config.slots), [bucket])
     seconds = {", ".join(filter(None, program)): own for program, own in by_program(engine).items()}
     write_json(Path(config.output), {"device": jax.devices()[0].device_kind, "programs": seconds})
+
+
+def by_program(engine: Engine) -> dict[tuple[str, str], float]:
+    """Seconds of compiling by name and shape; a program that was compiled for two layouts of its arguments is one."""
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    for own in engine.compiled:
+        seconds[own.name, own.shape] += own.seconds
+    return seconds
+
+
+def explain(engine: Engine) -> None:
+    """Prints the programs that an engine has compiled."""
+    seconds = by_program(engine)
+    print(f"{len(seconds)} programs for {engine.slots} slots of {engine.room} tokens:")
+    for (name, shape), spent in seconds.items():
+        print(f"  {name:8} {shape:24} {spent:7.2f} s")
 
 
 def twice(flags: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from decode import generate
+from decode import answers, generate
 from jaxspec import pooled
 from jaxspec.config import UserError, command_line
 from jaxspec.store.loading import load_pool
@@ -159,8 +159,8 @@ def test_what_is_written_already_is_not_decoded_again(jobs, order, tmp_path, mon
     command, whole = jobs
     output, kept = tmp_path / "out.jsonl", whole[order].splitlines(keepends=True)[:15]
     output.write_bytes(b"".join(kept) + b'{"id": "torn')
-    real, asked = generate.serve, []
-    monkeypatch.setattr(generate, "serve", lambda *parts, **own: asked.extend(parts[3]) or real(*parts, **own))
+    real, asked = answers.serve, []
+    monkeypatch.setattr(answers, "serve", lambda *parts, **own: asked.extend(parts[3]) or real(*parts, **own))
     call(*command, "--order", order, "--output", output)
     assert len(asked) == whole[order].count(b"\n") - 15
     assert output.read_bytes().startswith(b"".join(kept))
@@ -176,14 +176,14 @@ class Watched(io.FileIO):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_record_is_written_as_soon_as_its_turn_has_come(jobs, order, tmp_path, monkeypatch):
-    real, seen, at_write = generate.serve, [], []
+    real, seen, at_write = answers.serve, [], []
 
     def watched(*parts, **settings):
         for piece in real(*parts, **settings):
             seen.extend([piece.index] * (piece.completion is not None))
             yield piece
 
-    monkeypatch.setattr(generate, "serve", watched)
+    monkeypatch.setattr(answers, "serve", watched)
     monkeypatch.setattr(generate, "open", Watched, raising=False)
     monkeypatch.setattr(Watched, "before", lambda file, data: at_write.append(len(seen)) or data, raising=False)
     call(*jobs[0], "--order", order, "--output", tmp_path / "out.jsonl")
@@ -509,10 +509,10 @@ def test_a_line_has_the_drafter_that_it_names_and_the_others_texts_stay(named, b
 
 def test_records_in_the_prompts_order_do_not_wait_for_all_that_name_whole_drafters(named, monkeypatch):
     """No prompt of a later turn is served before those of an earlier one; the records are the same."""
-    served, real = [], generate._served
-    monkeypatch.setattr(generate, "_served", lambda *job: served.append([*job[-1]]) or real(*job))
+    served, real = [], answers._served
+    monkeypatch.setattr(answers, "_served", lambda *job: served.append([*job[-1]]) or real(*job))
     whole, _ = records_of(named, "both", "--batch", 1)
-    monkeypatch.setattr(generate, "TURN", 4)
+    monkeypatch.setattr(answers, "TURN", 4)
     served.clear()
     turned, _ = records_of(named, "both", "--batch", 1, "--admit-rows", 1)
     assert turned.read_bytes() == whole.read_bytes()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxspec
-from decode import generate
+from decode import answers, generate
 from jaxspec import pooled, trigrams
 from jaxspec.config import command_line
 from jaxspec.store.loading import load_pool
@@ -210,7 +210,7 @@ def test_on_a_mesh_tables_draft_the_same(job, whole, monkeypatch):
     """What is learnt there stays where the programs want it: nothing compiles again."""
     compiled = []
     monkeypatch.setattr(generate, "load_pool", load_pool)
-    monkeypatch.setattr(generate, "explain", lambda engine: compiled.extend(engine.compiled))
+    monkeypatch.setattr(answers, "explain", lambda engine: compiled.extend(engine.compiled))
     other = job("mesh.jsonl", *ADAPTIVE, "--explain", "--mesh.data", 2, "--mesh.model", 2, batch=4)
     assert texts(other) == texts(whole)
     assert len([own for own in compiled if own.name == "chunk"]) <= 2  # of tables as read, and as learnt
