@@ -1,25 +1,21 @@
-"""Who answers a process's prompts: with which engine and method, in which turns, and what is learnt on the way.
+"""Who answers a process's prompts: with which engine and method, and in which turns.
 
 Prompts whose lines name whole drafters, which the rows' bank has not, are served in turns of their own; the others share one
-method. What finished texts teach, of who should begin others and of what may be relied on, changes drafts and no text but
-those that p/q rejection samples.
+method.
 """
 
-import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from decode import asked, tables
+from decode import asked, learnt
 from decode.compiled import explain
 from decode.job import Generate, drafted
 from decode.kept import Kept
+from decode.learnt import Learnt
 from decode.unexplained import Watch
 from jaxspec import pooled, recording, serving
 from jaxspec.engine import Engine, Method
-from jaxspec.experience import Experience
-from jaxspec.reliability import Reliability
 from jaxspec.store.families import options
 from jaxspec.store.pool import Pool
 from jaxspec.store.prompts import Fault, Line
@@ -30,11 +26,7 @@ ROUNDS = 32  # between two looks at stop strings and at a notice of preemption
 
 
 class Share(NamedTuple):
-    """What a process answers: its lines, their requests or why there is none, and the room that all processes' need.
-
-    experience: what earlier texts say of who should begin; None where nothing is remembered.
-    tables: what drafts in place of models; None where models do.
-    """
+    """What a process answers: its lines, their requests or why there is none, and the room that all processes' need."""
 
     config: Generate
     pool: Pool
@@ -43,8 +35,7 @@ class Share(NamedTuple):
     room: tuple[int, str]
     watch: Watch
     kept: Kept
-    experience: Experience | None
-    tables: tables.Tables | None
+    learnt: Learnt
 
     def route(self, i: int) -> int | None:
         """The drafter that prompt `i` names."""
@@ -53,18 +44,18 @@ class Share(NamedTuple):
     def write(self) -> None:
         """Leaves beside the output what was learnt."""
         self.kept.write()
-        if self.tables:
-            self.tables.write()
+        self.learnt.write()
 
 
 def begun(
     config: Generate, pool: Pool, output: Path, own: range, lines: Sequence[Line | Fault], asks: Sequence[Ask | str]
 ) -> Share:
-    """The rows `own` of a job's lines, and what the records that are written already have taught."""
+    """The rows `own` of a job's lines, with what the records that are written already have taught."""
     mine = lines[own.start : own.stop], asks[own.start : own.stop]
-    watch, kept = Watch(pool, output), Kept(pool, output, config.replay or 0)
-    learnt = tables.begun(pool, output, config.table, *mine) if tables.wanted(config.drafter, asks) else None
-    return Share(config, pool, *mine, asked.room(asks), watch, kept, _remembered(config, pool, output), learnt)
+    known = learnt.begun(config, pool, output, *mine, drafted(config, pool.facts, asks))
+    return Share(
+        config, pool, *mine, asked.room(asks), Watch(pool, output), Kept(pool, output, config.replay or 0), known
+    )
 
 
 def completions(share: Share, todo: Sequence[int]) -> Iterator[tuple[int, Completion] | None]:
@@ -75,44 +66,39 @@ def completions(share: Share, todo: Sequence[int]) -> Iterator[tuple[int, Comple
             i, completion = found
             share.watch.see(share.lines[i], completion)
             share.kept.see(share.lines[i], completion)
+            share.learnt.saw(i, vars(completion))
         yield found
 
 
 def _in_turns(share: Share, todo: Sequence[int]) -> Iterator[tuple[int, Completion] | None]:
     config, pool = share.config, share.pool
-    length = drafted(config, pool.facts, share.asks)
-    engine = _engine(share, length)
+    engine = _engine(share)
     outside = [] if config.online else asked.outside(pool.facts, share.asks)
-    method = _method(share, length, outside)
+    method = _method(share, outside)
     apart = {route: serving.outside(pool, route, config.batch, method) for route in outside}
-    trust = Reliability(pool.facts, length)
-    method = trust.over(method) if config.reliability else share.experience.over(method) if share.experience else method
+    method = share.learnt.over(method)
     for turn in _turns(todo, apart, config.order):
         for route, own in apart.items():  # first, so that what was ready long ago waits for none of these
             if rows := [i for i in turn if share.route(i) == route]:
                 yield from _served(share, engine, own, rows)
                 engine.release()
-        for found in _served(share, engine, method, [i for i in turn if share.route(i) not in apart]):
-            if found:
-                _learn(share, trust, length, *found)
-            yield found
+        yield from _served(share, engine, method, [i for i in turn if share.route(i) not in apart])
         if apart:
             engine.release()
-    if config.reliability and (failed := [pool.names[route] for route in trust.left_out()]):
-        print(f"generate: {', '.join(failed)} had less accepted than {pool.names[-1]} would; left out", file=sys.stderr)
+    share.learnt.tell()
     if config.explain:
         explain(engine)
 
 
-def _engine(share: Share, length: int) -> Engine:
-    """The programs of rounds of so many drafted tokens."""
+def _engine(share: Share) -> Engine:
     config, pool, (room, kind) = share.config, share.pool, share.room
+    length, tables = share.learnt.length, share.learnt.tables
     recorders = [recording.logprobs(room)] if config.logprobs else []
     if length and (config.remember or config.replay):
         recorders.append(recording.choices(len(pooled.candidates(pool))))
     # What tables draft is not drawn, so that neither rule accepts more, and by the other one no text depends on them.
-    rule = "gumbel" if share.tables else config.acceptance
-    return (pooled.adapting if share.tables else pooled.online if config.online else pooled.speculative)(
+    rule = "gumbel" if tables else config.acceptance
+    return (pooled.adapting if tables else pooled.online if config.online else pooled.speculative)(
         pool,
         length,
         "greedy" if kind == "greedy" else rule,
@@ -123,16 +109,16 @@ def _engine(share: Share, length: int) -> Engine:
     )
 
 
-def _method(share: Share, length: int, outside: Sequence[int]) -> Method:
+def _method(share: Share, outside: Sequence[int]) -> Method:
     """Who drafts for prompts that name none of the drafters `outside`."""
     pool, slots = share.pool, share.config.batch
-    if share.tables:
-        return share.tables.method
+    if share.learnt.tables:
+        return share.learnt.tables.method
     if share.config.online:
         return serving.hedging(pool, slots)
     named = any(share.route(i) is not None and share.route(i) not in outside for i in range(len(share.asks)))
     # Of one length the choice is the same for any batch, as the records must be.
-    return serving.chosen(pool, slots, options(pool.facts, length, slots), bank=named)
+    return serving.chosen(pool, slots, options(pool.facts, share.learnt.length, slots), bank=named)
 
 
 def _turns(todo: Sequence[int], apart: Mapping[int, Method], order: str) -> list[Sequence[int]]:
@@ -148,32 +134,3 @@ def _served(
     asks = [ask for i in rows if isinstance(ask := share.asks[i], Ask)]
     for piece in serve(share.pool, engine, method, asks, rounds=ROUNDS):
         yield (rows[piece.index], piece.completion) if piece.completion else None
-
-
-def _learn(share: Share, trust: Reliability, length: int, i: int, own: Completion) -> None:
-    """Learns of a text who should begin others, and who can be relied on."""
-    pool, ask = share.pool, share.asks[i]
-    if share.experience:
-        _remember(share.experience, pool, vars(own))
-    if share.tables and isinstance(ask, Ask):
-        share.tables.saw(ask.request.ids, own.token_ids)
-    if isinstance(ask, Ask) and own.task and ask.request.draft_limit >= length and ask.request.temperature == 0:
-        rounds, tokens = own.num_drafts, len(own.token_ids)  # as calibration was
-        trust.saw(pool.names.index(own.drafter), pool.tasks.index(own.task), rounds, tokens)
-
-
-def _remembered(config: Generate, pool: Pool, output: Path) -> Experience | None:
-    """What the records that are written already have taught."""
-    if not config.remember:
-        return None
-    experience = serving.inexperienced(pool)
-    for record in map(json.loads, output.read_bytes().splitlines()):
-        _remember(experience, pool, record)
-    return experience
-
-
-def _remember(experience: Experience, pool: Pool, said: Mapping[str, Any]) -> None:
-    """Learns of a text, by its completion or by its record, which say the same."""
-    if said.get("task") and said.get("log_weights"):
-        task, began = pool.tasks.index(said["task"]), pooled.candidates(pool).index(said["drafter"])
-        experience.saw(task, said["route_confidence"], began, said["log_weights"])

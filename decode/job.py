@@ -86,7 +86,7 @@ class Generate:
     process: int = 0
     """Which of them this is, from 0."""
     distributed: bool = False
-    """Take both from jax.distributed: the same command on every worker of a TPU pod slice."""
+    """Take both from jax.distributed: the same command on every worker of a TPU pod slice, or of a SLURM job."""
 
 
 def check(config: Generate) -> None:

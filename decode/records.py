@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,15 @@ def resume(output: Path, lines: Sequence[Line | Fault], order: str) -> tuple[set
             )
         answered.add(own)
     return answered, sum(len(record) + 1 for record in whole)
+
+
+def written(output: Path, lines: Sequence[Line | Fault]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(prompt's number, record) of an output that could be resumed; of prompts of one id the first comes first."""
+    known = defaultdict(list)
+    for number, line in enumerate(lines):
+        known[line.id].append(number)
+    for record in map(json.loads, _whole(output)):
+        yield known[record["id"]].pop(0), record
 
 
 def _whole(output: Path) -> list[bytes]:

@@ -3,7 +3,6 @@
 Tables draft for all prompts of a job or for none: rounds of trees have programs of their own.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -79,18 +78,6 @@ def check(
         if isinstance(ask, Ask) and ask.request.route != ADAPTIVE:
             said = "other lines ask for `adaptive`, which drafts for all prompts of a job or for none"
             raise UserError(f"{line.source}: {said}; give --drafter adaptive and no drafter here, or two jobs")
-
-
-def begun(pool: Pool, output: Path, begin: str, lines: Sequence[Line | Fault], asks: Sequence[Ask | str]) -> Tables:
-    """The tables, with what the records that are written already have taught."""
-    tables, known = Tables(pool, output, begin), {}
-    for number, line in enumerate(lines):
-        known.setdefault(line.id, []).append(number)
-    for record in map(json.loads, output.read_bytes().splitlines()):
-        ask = asks[known[record["id"]].pop(0)]  # of an id that is there twice the first comes first
-        if isinstance(ask, Ask):
-            tables.saw(ask.request.ids, record["token_ids"])
-    return tables
 
 
 def _left_by(output: Path) -> Path:

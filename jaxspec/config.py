@@ -138,7 +138,7 @@ class Router:
     batch: int = 256
     """Prompts in a step."""
     fallback_below: float = 0.5
-    """The base drafter serves a prompt whose most likely task is less likely than this."""
+    """What adapters belong on, one prompt at a time the base drafter, serves a prompt whose likeliest task is less likely."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,16 @@
 """Specialists that fail are left out after a few prompts and come back when they no longer do; the text stays the same."""
 
+import dataclasses
+import json
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from conftest import LINES
 
+from decode import generate
 from jaxspec import pooled, reliability, serving
+from jaxspec.config import command_line
 from jaxspec.reliability import PROBE, Reliability, missed, observed, reliable, served, unknown
 from jaxspec.requests import Completion, Request
 from jaxspec.router import TRUNK
@@ -102,3 +106,33 @@ def test_no_part_of_a_shifting_stream_takes_more_target_calls_than_with_the_base
     for at in range(0, len(stream.done), LINES):
         of = lambda completions, at=at: rounds(completions[at : at + LINES])
         assert of(stream.done) <= of(stream.base) < of(stream.without)
+
+
+def test_a_job_goes_on_from_its_records_with_the_specialists_that_it_had_left_out(
+    corrupted, pool, world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(reliability, "EVIDENCE", 4.0)
+    trunk = corrupted.facts["acceptance_length"]["trunk"]
+    alone = lambda i: [[9.0 if task == i else 1.0] * len(own) for task, own in enumerate(trunk)]
+    promised = corrupted.facts["acceptance_length"] | {name: alone(i) for i, name in enumerate(corrupted.tasks)}
+    known = dataclasses.replace(corrupted, facts=corrupted.facts | {"acceptance_length": promised})
+    monkeypatch.setattr(generate, "load_pool", lambda *paths, **places: known)
+    engine = pooled.speculative(corrupted, 2, "greedy", slots=1, room=160)
+    monkeypatch.setattr(pooled, "speculative", lambda *known, **shape: engine)
+    lines = [line for file in sorted(world.prompts.iterdir()) for line in file.read_text().splitlines()[:8]]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out.jsonl"
+    command = ["--pool", pool, "--input", tmp_path / "in.jsonl", "--output", out, "--batch", 1, "--reliability"]
+    command += ["--max-new-tokens", 12, "--num-speculative-tokens", 2]
+    answer = lambda: command_line(generate.Generate, generate.run, argv=[str(word) for word in command])
+    answer()
+    written = out.read_bytes()
+    drafters = [own["drafter"] for own in map(json.loads, written.splitlines())]
+    served_by = [(own["task"], own["drafter"]) for own in map(json.loads, written.splitlines())]
+    for task in ("task 0", "task 1"):
+        drafters = [drafter for own, drafter in served_by if own == task]
+        assert drafters.count(task) == 1 and drafters[-1] == "trunk"
+    for share in (0.15, 0.6):
+        out.write_bytes(written[: int(share * len(written))])
+        answer()
+        assert out.read_bytes() == written
