@@ -9,6 +9,7 @@ those of another temperature.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,25 +41,28 @@ class Judge(forced.Judge):
         """Tokens a round by task and number of drafted tokens from 0 on; None for a task without texts."""
         overlap = partial(_overlap_of(self._pair), self._pair.target.params, weights, self._temperature)
         found = [[(group, batch, overlap(batch, seen)) for group, batch, seen in own] for own in self._read]
-        return [self._by_length([along(own) for own in texts]) for texts in map(_apart, self.examples, found)]
+        return [
+            self._by_length([in_chains(along(own)) for own in texts]) for texts in map(_apart, self.examples, found)
+        ]
 
-    def looked_up(self, drafter: Drafter) -> list[list[float] | None]:
-        """The same of a drafter without weights that drafts MAX_DRAFT tokens, and fewer alike."""
+    def looked_up(self, drafter: Drafter, params: Any = ()) -> list[list[float] | None]:
+        """The same of a drafter without weights that drafts MAX_DRAFT nodes, of which fewer are the first ones."""
         texts, every = self.texts, [i for rows in self.examples for i in rows]
         propose, slots, room = forced.proposing(drafter, texts, every)
         target = self._pair.target
 
         @jax.jit
-        def kept(params: dict, seen: Array, text: Array, begin: Array, end: Array) -> Array:
-            draft, place = propose(text, begin)
-            log_p = _log_p(target.config, params, seen, self._pair.vocab_size, self._temperature)
-            inside = (jnp.arange(drafter.num_nodes) < draft.num_drafted[:, None]) & (place < end)
-            return jnp.where(inside, jnp.exp(log_p)[jnp.minimum(place - begin, room - 1), draft.tokens], 0.0)
+        def kept(weights: dict, params: Any, seen: Array, text: Array, begin: Array, end: Array) -> Array:
+            draft, place = propose(params, text, begin)
+            log_p = _log_p(target.config, weights, seen, self._pair.vocab_size, self._temperature)
+            p = jnp.exp(log_p)[jnp.minimum(place - begin, room - 1), draft.tokens]
+            return forced.reached(draft, jnp.where(place < end, p, 0.0))
 
         def of(i: int, seen: np.ndarray) -> np.ndarray:
             text, begin, whole = texts.tokens[i], int(texts.prompt_length[i]), ((0, room - len(seen)), (0, 0))
             row = np.pad(text, (0, slots - len(text)))
-            return np.asarray(kept(target.params, np.pad(seen, whole), row, begin, len(text)))[: len(seen)]
+            own = kept(target.params, params, np.pad(seen, whole), row, begin, len(text))
+            return np.asarray(own)[: len(seen)]
 
         seen = map(_apart, self.examples, self._read)
         return [
@@ -68,10 +72,8 @@ class Judge(forced.Judge):
 
     @staticmethod
     def _by_length(texts: Sequence[np.ndarray]) -> list[float] | None:
-        """Tokens a round over all texts, whose places `[O, K]` say what each drafted token is kept with."""
-        if not texts:
-            return None
-        return (sum(map(len, texts)) / np.sum([rounds(kept) for kept in texts], axis=0)).tolist()
+        """Tokens a round over all texts, of which each is told as `rounds` wants it."""
+        return (sum(map(len, texts)) / np.sum([rounds(own) for own in texts], axis=0)).tolist() if texts else None
 
 
 def overlap(log_p: Array, log_q: Array) -> Array:
@@ -85,17 +87,21 @@ def along(overlaps: np.ndarray) -> np.ndarray:
     return np.pad(overlaps, (0, MAX_DRAFT))[ahead]
 
 
-def rounds(kept: np.ndarray) -> np.ndarray:
-    """Expected rounds of one text, `[K + 1]` by the number of tokens drafted; of probabilities 0 and 1 those of `forced.chain`.
-
-    Args:
-        kept: `[O, K]` probability that each token drafted at a place is kept if those before it are.
-    """
+def in_chains(kept: np.ndarray) -> np.ndarray:
+    """`[O, K]` probability that each token of a chain is kept if those before it are -> `[O, K + 1, K + 1]`, for `rounds`."""
     end, most = kept.shape
     reach = np.concatenate([np.ones((end, 1)), np.cumprod(kept, axis=1)], axis=1)
-    leaves = reach - np.pad(reach[:, 1:], ((0, 0), (0, 1)))
-    number, drafted = np.arange(most + 1), np.arange(most + 1)[:, None]
-    accepted = np.where(number < drafted, leaves[:, None], np.where(number == drafted, reach[:, None], 0.0))
+    return np.tril(np.broadcast_to(reach[:, None], (end, most + 1, most + 1)))
+
+
+def rounds(reach: np.ndarray) -> np.ndarray:
+    """Expected rounds of one text by the number of nodes drafted, `[N + 1]`; where all is certain those of `forced.chain`.
+
+    Args:
+        reach: `[O, N + 1, N + 1]` how far a round that begins at each place goes, see `forced.reached`.
+    """
+    end, most = len(reach), reach.shape[-1] - 1
+    accepted = reach - np.pad(reach[..., 1:], ((0, 0), (0, 0), (0, 1)))
     begun = np.zeros((end + most + 1, most + 1))  # probability that a round begins there, by number drafted
     begun[0] = 1.0
     for place in range(end):

@@ -7,7 +7,7 @@ that any draft length would have had there, exactly; the target does not run.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,14 @@ import numpy as np
 from jax import Array
 
 from jaxspec.align import Batch
+from jaxspec.ancestry import ancestry, depths
 from jaxspec.packing import as_batch, pack, places
 from jaxspec.requests import MAX_DRAFT, bucket_of
 from jaxspec.store.models import Pair
 from jaxspec.store.recalibration import Sample
 from jaxspec.store.traces import Texts, Traces
 from jaxspec.transformer import LMConfig, forward, unembed
-from jaxspec.types import Draft, Drafter
+from jaxspec.types import Draft, Drafter, Prompt, Verdict
 
 ROWS = 8  # packed rows in a pass
 
@@ -86,32 +87,65 @@ def apart(group: Sequence[Sequence[int]], batch: Batch, values: Array) -> dict[i
 
 def proposing(
     drafter: Drafter, traces: Traces | Texts, examples: Sequence[int]
-) -> tuple[Callable[[Array, Array], tuple[Draft, Array]], int, int]:
+) -> tuple[Callable[[Any, Array, Array], tuple[Draft, Array]], int, int]:
     """How a drafter without weights goes on at every output place of a text, with the text's width S and O for all of them.
 
-    It is (text `[S]`, its prompt's length) -> drafts of O rows, and the places `[O, N]` that they speak of.
+    It is (the drafter's parameters, text `[S]`, its prompt's length) -> drafts of O rows, and the places `[O, N]` that their
+    nodes speak of. The drafter takes the text token by token, and may learn of it as it goes: what it knows at a place must
+    not depend on the rounds before.
     """
     slots = bucket_of(max(map(len, traces.tokens)) + drafter.num_nodes)
     room = max((len(traces.tokens[i]) - int(traces.prompt_length[i]) for i in examples), default=0)
 
-    def propose(text: Array, begin: Array) -> tuple[Draft, Array]:
+    def propose(params: Any, text: Array, begin: Array) -> tuple[Draft, Array]:
+        nothing, one = jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32)
+        prompt = Prompt(text[None], begin[None], jax.random.key(0)[None], one, one, nothing)
+
+        def go_on(state: Any, length: Array) -> tuple[Any, Draft]:
+            draft, state = drafter.propose(params, state, text[None], length[None], None, None)
+            said = Verdict(text[length][None, None], one, nothing, nothing[None])
+            return drafter.commit(params, state, said, None), draft
+
         length = begin + jnp.arange(room)
-        draft, _ = drafter.propose((), (), jnp.broadcast_to(text, (room, slots)), length, None, None)
-        return draft, length[:, None] + jnp.arange(drafter.num_nodes)
+        _, drafts = jax.lax.scan(go_on, drafter.init(params, prompt, slots), length)
+        draft = jax.tree.map(lambda leaf: leaf[:, 0], drafts)
+        return draft, length[:, None] + depths(_lineage(draft))[:, 1:] - 1
 
     return propose, slots, room
 
 
-def lookups(drafter: Drafter, traces: Traces | Texts, examples: Sequence[int]) -> list[np.ndarray]:
-    """For each example, at each output place `[O]`, how many tokens a drafter without weights would have had accepted there."""
+def reached(draft: Draft, kept: Array) -> Array:
+    """How far into drafts a round goes, of which so many first nodes are drafted.
+
+    Args:
+        kept: `[O, N]` probability that a node is followed where that above it was.
+
+    Returns:
+        `[O, N + 1, N + 1]` probability that no fewer tokens are accepted than the last axis counts, by nodes drafted.
+    """
+    lineage = _lineage(draft)
+    width = lineage.shape[-1]
+    counts = jnp.arange(width - 1) < draft.num_drafted[:, None]
+    own = jnp.pad(jnp.where(counts, kept, 0.0), ((0, 0), (1, 0)), constant_values=1.0)
+    row = jnp.where(lineage, own[:, None], 1.0).prod(-1)
+    # No two children of a node are alike, so that at most one row of a level is reached.
+    return jnp.cumsum(row[..., None] * jax.nn.one_hot(depths(lineage), width), axis=1)
+
+
+def _lineage(draft: Draft) -> Array:
+    chain = jnp.broadcast_to(jnp.arange(draft.tokens.shape[1]), draft.tokens.shape)
+    return ancestry(chain if draft.parents is None else draft.parents)
+
+
+def lookups(drafter: Drafter, traces: Traces | Texts, examples: Sequence[int], params: Any = ()) -> list[np.ndarray]:
+    """For each example `[O, N + 1]` tokens that one without weights would have had accepted, by place and nodes drafted."""
     propose, slots, _ = proposing(drafter, traces, examples)
 
     @jax.jit
-    def right(tokens: Array, best: Array, begin: Array) -> Array:
-        draft, place = propose(tokens, begin)
+    def right(params: Any, tokens: Array, best: Array, begin: Array) -> Array:
+        draft, place = propose(params, tokens, begin)
         said = best[jnp.minimum(place, slots - 1)]
-        counts = jnp.arange(drafter.num_nodes) < draft.num_drafted[:, None]
-        return jnp.cumprod(counts & (draft.tokens == said), axis=1).sum(1)
+        return reached(draft, draft.tokens == said)[..., 1:].sum(-1)
 
     found = []
     for i in examples:
@@ -121,8 +155,8 @@ def lookups(drafter: Drafter, traces: Traces | Texts, examples: Sequence[int]) -
             [text[:begin], traces.top_ids[i][: len(left), 0]]
         )  # the target's own, whatever the log says
         row = lambda ids: np.pad(ids, (0, slots - len(ids)))
-        run = np.asarray(right(row(text), row(best), begin))
-        found.append(np.minimum(run[: len(left)], left))
+        run = np.asarray(right(params, row(text), row(best), begin)).astype(int)
+        found.append(np.minimum(run[: len(left)], left[:, None]))
     return found
 
 
@@ -179,11 +213,12 @@ class Judge:
         """Tokens a round by task and number of drafted tokens from 0 on; None for a task without texts."""
         best = partial(self._best, weights)
         found = [agreements(best, self.texts, rows, self._row_tokens) for rows in self.examples]
-        return [_by_length([agreeing(agrees) for agrees in texts]) for texts in found]
+        of_chain = lambda agrees: np.minimum(agreeing(agrees)[:, None], np.arange(MAX_DRAFT + 1))
+        return [_by_length([of_chain(agrees) for agrees in texts]) for texts in found]
 
-    def looked_up(self, drafter: Drafter) -> list[list[float] | None]:
-        """The same of a drafter without weights that drafts MAX_DRAFT tokens, and fewer alike."""
-        return [_by_length(lookups(drafter, self.texts, rows)) for rows in self.examples]
+    def looked_up(self, drafter: Drafter, params: Any = ()) -> list[list[float] | None]:
+        """The same of a drafter without weights that drafts MAX_DRAFT nodes, of which fewer are the first ones."""
+        return [_by_length(lookups(drafter, self.texts, rows, params)) for rows in self.examples]
 
 
 @lru_cache(maxsize=8)
@@ -192,4 +227,7 @@ def _best_of(pair: Pair) -> Callable[..., Array]:
 
 
 def _by_length(texts: Sequence[np.ndarray]) -> list[float] | None:
-    return [acceptance_length(texts, k) for k in range(MAX_DRAFT + 1)] if texts else None
+    """Of texts whose places `[O, N + 1]` say how many tokens would be accepted there, by how many nodes are drafted."""
+    if not texts:
+        return None
+    return [acceptance_length([own[:, k] for own in texts], k) for k in range(MAX_DRAFT + 1)]

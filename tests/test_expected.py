@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import expected, forced, verify
-from jaxspec.drafters import ngram_drafter
+from jaxspec import expected, forced, trigrams, verify
+from jaxspec.drafters import adaptive_drafter, ngram_drafter
 from jaxspec.requests import MAX_DRAFT
 from jaxspec.store.recalibration import read_sample
 from jaxspec.transformer import forward, unembed
@@ -48,13 +48,15 @@ def test_expected_rounds_are_those_of_all_outcomes():
     draw = np.random.default_rng(0)
     for end in (1, 2, 6):
         kept = draw.uniform(size=(end, 4)) * (np.arange(end)[:, None] + np.arange(4) < end)
-        assert expected.rounds(kept) == pytest.approx([rounds_from(kept, number) for number in range(5)])
+        assert expected.rounds(expected.in_chains(kept)) == pytest.approx(
+            [rounds_from(kept, number) for number in range(5)]
+        )
 
 
 def test_certain_rounds_are_those_of_greedy_chains():
     for seed in range(20):
         agrees = np.random.default_rng(seed).random(17) < 0.7
-        run, found = forced.agreeing(agrees), expected.rounds(expected.along(agrees.astype(float)))
+        run, found = forced.agreeing(agrees), expected.rounds(expected.in_chains(expected.along(agrees.astype(float))))
         assert found == pytest.approx([forced.chain(run, k).rounds for k in range(MAX_DRAFT + 1)])
 
 
@@ -103,6 +105,8 @@ def test_near_temperature_0_they_are_the_counts_of_greedy_rounds(loaded, sample,
     for name in ("base", "mixed", "task 0"):
         assert own.lengths(loaded.drafter(name)) == close(greedy.lengths(loaded.drafter(name)))
     assert own.looked_up(ngram) == close(greedy.looked_up(ngram))
+    tables, known = adaptive_drafter(MAX_DRAFT, depth=6), trigrams.counted(sample.texts.tokens[::3], 1 << 10)
+    assert own.looked_up(tables, known) == close(greedy.looked_up(tables, known))
     assert judges[1.0].lengths(loaded.drafter("mixed")) != close(greedy.lengths(loaded.drafter("mixed")))
 
 

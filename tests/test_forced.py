@@ -3,15 +3,17 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_decoding import BUDGET, NEAR, NEARLY, PARAMS, PROMPTS, TARGET, answer, engine
 
-from jaxspec import forced, metrics
+from jaxspec import forced, metrics, verify
 from jaxspec.drafters import ngram_drafter
 from jaxspec.drafters.lm import LMDrafterParams
 from jaxspec.requests import MAX_DRAFT
 from jaxspec.store.traces import Traces
+from jaxspec.types import Draft
 
 BEST = jax.jit(partial(forced.greedy, TARGET, vocab_size=TARGET.vocab_size))
 
@@ -59,10 +61,30 @@ def test_lookups_along_a_text_are_those_that_the_engine_made():
     found = answer(looks_up, ())
     runs = forced.lookups(ngram_drafter(MAX_DRAFT), traces(found), range(4))
     for run, text in zip(runs, found, strict=True):
-        rounds = forced.chain(run, 3)
+        rounds = forced.chain(run[:, 3], 3)
         assert rounds.rounds == text.counts.num_drafts
         assert rounds.accepted == text.counts.accepted_by_position.sum()
     assert sum(text.counts.num_accepted_tokens for text in found) > 0  # else the law says little
+
+
+def test_as_much_of_a_tree_is_reached_as_the_walk_goes():
+    """The shipped walk along trees drawn by chance, of which the first nodes are drafted and the target says one text."""
+    rng, nodes = np.random.default_rng(0), 8
+    walked = jax.jit(lambda draft, law: verify.walk(None, draft, law).num_accepted)
+    far = []
+    for _ in range(40):
+        parents = np.array([rng.integers(n + 1) for n in range(nodes)])
+        rank = np.array([(parents[:n] == parents[n]).sum() for n in range(nodes)])  # no two siblings are alike
+        draft, says = Draft(rank, np.int32(rng.integers(nodes + 1)), None, parents), rng.integers(2, size=nodes + 1)
+        depth = verify.depths(draft)
+        whole = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], draft)
+        reach = forced.reached(whole, (rank == says[np.asarray(depth)[1:] - 1])[None])[0]
+        law = jax.nn.one_hot(says[np.asarray(depth)], nodes)
+        for number in range(nodes + 1):
+            fewer = draft._replace(num_drafted=np.minimum(draft.num_drafted, number))
+            far.append(int(walked(fewer, law)))
+            assert np.asarray(reach[number]).tolist() == [float(far[-1] >= n) for n in range(nodes + 1)]
+    assert max(far) > 2
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ ALLOWED = {
     "tasks": {"store"},
     "packing": {"align", "store"},
     "training": {"align", "config", "packing", "sharding", "store"},
-    "forced": {"align", "packing", "requests", "store", "transformer", "types"},
+    "forced": {"align", "ancestry", "packing", "requests", "store", "transformer", "types"},
     "expected": {"align", "forced", "requests", "sampling", "store", "transformer", "types"},
     "writing": {"align", "drafters", "requests", "speculate", "store", "target", "transformer", "types", "verify"},
     "merging": set(),
