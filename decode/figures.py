@@ -12,7 +12,7 @@ from jaxspec import metrics, pooled
 from jaxspec.engine import Seconds
 from jaxspec.requests import Completion, Request
 from jaxspec.router import TRUNK
-from jaxspec.store.families import drafter_name
+from jaxspec.store.families import drafter_name, spoken
 from jaxspec.store.names import POINTS
 from jaxspec.store.pool import Pool
 from jaxspec.store.prompts import Line
@@ -216,7 +216,8 @@ def choices(pool: Pool, asks: Sequence[Ask], passes: Sequence[Pass]) -> dict[str
     counts: dict[str, Counter] = defaultdict(Counter)
     for result in passes[0]["chosen"]:
         for i, own in zip(result.rows, result.completions, strict=True):
-            said = f"{drafter_name(pool.facts, own.route)}, K = {own.num_speculative_tokens}"
+            name = drafter_name(pool.facts, own.route)
+            said = f"{name}, {spoken(name, own.num_speculative_tokens)}"
             counts[asks[i].task][said if own.counts.num_draft_tokens else "nothing drafted"] += 1
     return {task: dict(own.most_common()) for task, own in counts.items()}
 

@@ -18,7 +18,7 @@ from jaxspec.engine import Engine, Method, Routes
 from jaxspec.plan import GIB, Load
 from jaxspec.requests import Request, checked
 from jaxspec.store.facts import calibration, tokens_a_round
-from jaxspec.store.families import options
+from jaxspec.store.families import lengths_of, options
 from jaxspec.store.loading import widen
 from jaxspec.store.names import drafter_names, measured_names
 from jaxspec.store.pool import Pool
@@ -108,8 +108,7 @@ def _one_engine(
 ) -> dict[Way, tuple[Engine, Method]]:
     """Every family at every length as programs of one engine, which reads prompts with one; see `serving.chosen`."""
     further, among = pool.facts["further"], options(pool.facts)
-    drafting = tuple(k for k in lengths if k)
-    families = (("", tuple(lengths)), *((name, drafting) for name in further))
+    families = (("", tuple(lengths)), *((name, lengths_of(name, lengths)) for name in further))
     sizes = [len(measured_names(pool.facts)), *(len(own["acceptance_length"]) for own in further.values())]
     own = serving.chosen(pool, 1, among._replace(families=families, family=np.repeat(np.arange(len(sizes)), sizes)))
     first = dict(zip([name for name, _ in families], np.cumsum([0, *sizes]).tolist(), strict=False))

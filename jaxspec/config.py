@@ -162,9 +162,10 @@ class Calibrate:
     """Temperature of the jobs to come: above 0 drafts are timed under p/q rejection, and what drafters have accepted is an
     expectation along the texts."""
     further: tuple[str, ...] = ()
-    """Further families of drafters to choose among, one prompt at a time: `ngram`; pools of the same target, whose drafters may
-    have any size, as NAME=POOL or NAME=POOL,DRAFT; a Hugging Face folder with a drafter, as NAME=DRAFTER; and the names of
-    drafters that were added to this pool."""
+    """Further families of drafters to choose among, one prompt at a time: `ngram`; `adaptive`, trigram tables that begin as the
+    pool's, whose trees have as many nodes as chains have tokens, and 16; pools of the same target, whose drafters may have any
+    size, as NAME=POOL or NAME=POOL,DRAFT; a Hugging Face folder with a drafter, as NAME=DRAFTER; and the names of drafters that
+    were added to this pool."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,8 @@ class Engine:
             other serves rows of all sampling settings.
         shorter: drafters with the drafter's state that draft fewer tokens, by how many. With one slot a row has a program of
             its own length; more slots share the longest.
-        further: other families of drafters, each with a state of its own, by how many tokens they draft; with one slot alone.
+        further: other families of drafters, each with a rule and a state of its own, by how many tokens they draft; with one
+            slot alone.
         target_params, prefill_params: the target's parameters, as the window wants them and as prompts do.
         slots: B, rows decoded together.
         room: tokens that a slot holds, see `room_of`.
@@ -138,7 +139,7 @@ class Engine:
         vocab_size: int,
         prefill_params=None,
         shorter: Mapping[int, Drafter] = MappingProxyType({}),
-        further: Sequence[Mapping[int, Drafter]] = (),
+        further: Sequence[tuple[Rule, Mapping[int, Drafter]]] = (),
         admit_rows: int = 1,
         smallest: int = 32,
         recorder: Recorder = NOTHING,
@@ -149,8 +150,9 @@ class Engine:
                 f"the drafter drafts {drafter.num_nodes} tokens a round, the slots have room for {MAX_NODES}"
             )
         own = {"stop_tokens": stop_tokens, "recorder": recorder, "placement": placement}
-        families = [{**(shorter if slots == 1 else {}), drafter.num_nodes: drafter}, *(further if slots == 1 else ())]
-        self.families = [{k: programs(target, one, rule, **own) for k, one in family.items()} for family in families]
+        first = {**(shorter if slots == 1 else {}), drafter.num_nodes: drafter}
+        families = [(rule, first), *(further if slots == 1 else ())]
+        self.families = [{k: programs(target, one, law, **own) for k, one in each.items()} for law, each in families]
         self.programs = self.families[0][drafter.num_nodes]
         self.lengths = sorted({k for family in self.families for k in family})
         self.slack = slack(max(self.lengths))
@@ -162,8 +164,8 @@ class Engine:
         self._target_params = target_params
         self._prefill_params = target_params if prefill_params is None else prefill_params
         shape = {"slots": slots, "room": room, "sampled": self.sampled, "recorder": recorder, "placement": placement}
-        longest = [family[max(family)] for family in families]
-        self._empty = [jax.jit(empty_slots(target, one, rule, **shape)) for one in longest]
+        longest = [(law, each[max(each)]) for law, each in families]
+        self._empty = [jax.jit(empty_slots(target, one, law, **shape)) for law, one in longest]
         self._states: dict[Any, Slots] = {}  # of each family and structure of parameters, between calls
 
     def complete(self, requests: Sequence[Request], method: Method) -> list[Completion]:

@@ -27,14 +27,14 @@ from jaxspec.engine import Engine
 from jaxspec.prepared import dtype_of, few, target_in_blocks
 from jaxspec.requests import MAX_DRAFT
 from jaxspec.sharding import over
-from jaxspec.store.families import NGRAM, companion
+from jaxspec.store.families import NGRAM, TABLES, WITHOUT_WEIGHTS, companion, parameters
 from jaxspec.store.features import Learnt
 from jaxspec.store.pool import Pool
 from jaxspec.target import lm_target
 from jaxspec.transformer import least_columns
 from jaxspec.types import Drafter
 
-LEVELS = 6  # of a tree of trigram tables
+LEVELS, BEAM = 6, 4  # of a tree of trigram tables
 WINDOW = 10  # tokens of a row that all drafters are judged by at once
 SEVERAL = {
     "greedy-drafts": ("greedy-drafts", "greedy-drafts"),
@@ -70,16 +70,36 @@ def speculative(
 def choosing(pool: Pool, families: Sequence[tuple[str, tuple[int, ...]]], rule: str = "greedy", **shape: Any) -> Engine:
     """Speculative decoding with drafters of these families at these lengths, see `Options`; the pool's own come first."""
     (_, own), *others = families
-    further = [_drafters(pool, name, lengths) for name, lengths in others]
+    further = [(verify.RULES[_rule_of(name, rule)], _drafters(pool, name, lengths)) for name, lengths in others]
     return speculative(pool, max(own), rule, shorter=own, further=further, **shape)
 
 
 def _drafters(pool: Pool, name: str, lengths: Sequence[int]) -> dict[int, Drafter]:
     """A further family's drafters by length."""
-    if name == NGRAM:
-        return {k: ngram_drafter(k) for k in lengths}
+    if name in WITHOUT_WEIGHTS:
+        parameters(pool, name)  # refuses those that are others than were measured
+        return {k: without_weights(name, k) for k in lengths}
     config = companion(pool, name).pair.draft.config
     return {k: lm_drafter(config, k, **_settings(pool)) for k in lengths}
+
+
+def without_weights(name: str, num_nodes: int) -> Drafter:
+    """The drafter of a family of `WITHOUT_WEIGHTS`; fewer nodes are the first ones of more."""
+    return ngram_drafter(num_nodes) if name == NGRAM else _of_tables(num_nodes)
+
+
+def _of_tables(num_nodes: int, depth: int = LEVELS, beam: int = BEAM) -> Drafter:
+    return adaptive_drafter(num_nodes, depth=min(depth, num_nodes), beam=beam)
+
+
+def _rule_of(name: str, rule: str) -> str:
+    """The rule of a family. What tables draft is not drawn: Gumbel coupling accepts as much, and texts know no tables."""
+    return "gumbel" if name == TABLES and rule == "rejection" else rule
+
+
+def alone(pool: Pool, name: str, num_nodes: int, rule: str = "greedy", **shape: Any) -> Engine:
+    """Speculative decoding with a family of `WITHOUT_WEIGHTS` for every prompt, as `choosing` has it."""
+    return _engine(pool, without_weights(name, num_nodes), _rule_of(name, rule), **shape)
 
 
 def looking_up(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", **shape: Any) -> Engine:
@@ -88,7 +108,7 @@ def looking_up(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", **
 
 
 def adapting(
-    pool: Pool, num_nodes: int, rule: str = "greedy", *, depth: int = LEVELS, beam: int = 4, **shape: Any
+    pool: Pool, num_nodes: int, rule: str = "greedy", *, depth: int = LEVELS, beam: int = BEAM, **shape: Any
 ) -> Engine:
     """Speculative decoding with token trees of trigram tables, see `drafters.adaptive`; `room` as of `branching`.
 
@@ -97,8 +117,7 @@ def adapting(
     """
     if num_nodes == 0:
         return autoregressive(pool, idle_width(), rule, **shape)
-    depth = min(depth, num_nodes)
-    return _engine(pool, adaptive_drafter(num_nodes, depth=depth, beam=beam), rule, **shape)
+    return _engine(pool, _of_tables(num_nodes, depth, beam), rule, **shape)
 
 
 def several(

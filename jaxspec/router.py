@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 
 TRUNK = -1  # the route of what adapters belong on, which is the base drafter unless it was trained first
-ADAPTIVE = -2  # the route of trigram tables, which need no weights and draft for all prompts of a job or for none
+ADAPTIVE = -2  # the route of trigram tables where they are asked for by name, for all prompts of a job or for none
 
 
 class RouterParams(NamedTuple):

@@ -19,7 +19,7 @@ from jaxspec.experience import Experience
 from jaxspec.pooled import candidates
 from jaxspec.prepared import adapted, dtype_of, few, laid, target_in_blocks
 from jaxspec.router import RouterParams
-from jaxspec.store.families import NGRAM, Options, companion, drafter_name
+from jaxspec.store.families import WITHOUT_WEIGHTS, Options, companion, drafter_name, parameters
 from jaxspec.store.features import Learnt
 from jaxspec.store.names import measured_names
 from jaxspec.store.pool import Pool
@@ -169,8 +169,10 @@ def _of_families(pool: Pool, slots: int, among: Options) -> Callable[[np.ndarray
         if slots > 1 or route < number:
             return own(routes)
         name, _ = among.families[among.family[route]]
+        if name in WITHOUT_WEIGHTS:
+            return parameters(pool, name)
         first = among.names.index(next(iter(pool.facts["further"][name]["acceptance_length"])))
-        return () if name == NGRAM else adapted(companion(pool, name), slots)(routes - first)
+        return adapted(companion(pool, name), slots)(routes - first)
 
     return params
 

@@ -85,7 +85,8 @@ def generate(pool: Pool, prompts: Iterable[Prompt], **settings: Any) -> Iterator
         prompts: texts, or chats as lists of `{"role": ..., "content": ...}`; all of them are read before the first is answered.
         settings: `max_new_tokens=128, temperature=0.0, top_k=None, top_p=None, seed=0, stop=(), drafter=None` of every
             prompt; `batch=8` slots; `num_speculative_tokens=None`, which takes what calibration chose for as many; and
-            `acceptance="rejection"` or `"gumbel"`, the rule above temperature 0; `logprobs=False`.
+            `acceptance="rejection"` or `"gumbel"`, the rule above temperature 0, always the latter where tables draft;
+            `logprobs=False`.
 
     Raises:
         UserError: an empty prompt, one longer than the models' positions allow, an unknown drafter, a setting out of range.

@@ -67,7 +67,7 @@ def test_what_every_family_would_have_had_accepted_is_measured(calibrated, finis
             assert (found and found[2]) == pytest.approx(fewest)
         runs = forced.lookups(ngram_drafter(MAX_DRAFT), traces, rows.tolist())
         found = further["ngram"]["acceptance_length"]["ngram"][task]
-        assert (found and found[2]) == (forced.acceptance_length(runs, 2) if len(rows) else None)
+        assert (found and found[2]) == (forced.acceptance_length([run[:, 2] for run in runs], 2) if len(rows) else None)
     for own in further.values():
         assert own["calibration"].keys() == {"1", "2"} and own["calibration"]["2"]["round_milliseconds"] > 0
 
@@ -146,16 +146,17 @@ def knowing(pool, best: dict[int, tuple[str, int]]):
     """The pool, had calibration found these (drafter, draft length) the fastest on the tasks."""
     names = [*pool.facts["acceptance_length"]]
     further = pool.facts["further"]
-    lengths = lambda name: [[1.0, *(9.0 if best[t] == (name, k) else 1.0 for k in (1, 2))] for t in range(3)]
-    rounds = {k: {"tokens_per_second": float(k), "round_milliseconds": 1.0} for k in (1, 2)}
+    all_lengths = range(1, MAX_DRAFT + 1)
+    lengths = lambda name: [[1.0, *(9.0 if best[t] == (name, k) else 1.0 for k in all_lengths)] for t in range(3)]
+    rounds = lambda own: {k: {"tokens_per_second": float(k), "round_milliseconds": 1.0} for k in calibration(own)}
     known = {
-        "calibration_by_slots": {1: rounds},
+        "calibration_by_slots": {1: rounds(pool.facts)},
         "acceptance_length": {name: lengths(name) for name in names},
         "fallback_below": 0.0,
     }
     of = lambda own: {
         **own,
-        "calibration": rounds,
+        "calibration": rounds(own),
         "acceptance_length": {n: lengths(n) for n in own["acceptance_length"]},
     }
     known["further"] = {name: of(own) for name, own in further.items()}

@@ -9,8 +9,9 @@ many slots as jobs will have (on a mesh, on each part of the rows), with each nu
 and the number with the most tokens per second is the pool's, for each of several `--calibrate.slots`. It is 0 where
 speculation does not pay.
 What every drafter would have had accepted there, at any number, follows from one pass over the target's texts; a task whose
-adapter gains nothing is served by what adapters belong on. `--calibrate.further ngram NAME=POOL NAME=DRAFTER` measures other
-families of drafters beside the pool's own, and with `--pool` the name alone of a drafter that was added to it measures that.
+adapter gains nothing is served by what adapters belong on. `--calibrate.further ngram adaptive NAME=POOL NAME=DRAFTER`
+measures other families of drafters beside the pool's own, `adaptive` with the pool's table, and with `--pool` the name alone of
+a drafter that was added to it measures that.
 """
 
 from collections import Counter, defaultdict
@@ -24,15 +25,24 @@ from tqdm import tqdm
 
 from jaxspec import expected, forced, pooled, router, serving, sharding
 from jaxspec.config import Calibrate, Experiment, UserError, command_line, plain
-from jaxspec.drafters import ngram_drafter
 from jaxspec.requests import MAX_DRAFT, Request, bucket_of, room_of
 from jaxspec.store.assembly import assembled
 from jaxspec.store.facts import calibration, draft_length, find_pool, served_by_trunk
-from jaxspec.store.families import NGRAM, Place, beside, options, place
+from jaxspec.store.families import (
+    TABLES,
+    WITHOUT_WEIGHTS,
+    Place,
+    beside,
+    digest_of_parameters,
+    lengths_of,
+    options,
+    place,
+    spoken,
+)
 from jaxspec.store.huggingface import check_same_tokenizer, read_config, read_tokenizer
 from jaxspec.store.loading import load_pool
 from jaxspec.store.models import Pair
-from jaxspec.store.names import METHODS, added_to, digest_of_added, drafter_names
+from jaxspec.store.names import METHODS, TRIGRAMS, added_to, digest_of_added, drafter_names
 from jaxspec.store.pool import Pool
 from jaxspec.store.recalibration import Sample, read_sample, sampled, write_sample
 from jaxspec.store.stages import (
@@ -104,22 +114,23 @@ def _measured(experiment: Experiment, pool: Pool, sample: Sample, further: Seque
     drafters = tqdm(pool.names, desc="calibrate: acceptance", unit="drafter")
     facts: dict[str, Any] = {"calibrated": {"device": device_in_use(), "temperature": spec.temperature}}
     facts["acceptance_length"] = {name: judge.lengths(pool.drafter(name)) for name in drafters}
-    added = [own.name for own in further if not own.pool and own.name != NGRAM]
+    added = [own.name for own in further if not own.pool and own.name not in WITHOUT_WEIGHTS]
     facts["added"] = {name: digest_of_added(pool.path, name) for name in added}
     facts["acceptance_length"] |= {name: judge.lengths(pool.drafter(name)) for name in added}
     facts["further"] = {
-        own.name: _looked_up(judge) if own.name == NGRAM else _of_pool(own, others[own.name], judge)
+        own.name: _of_pool(own, others[own.name], judge) if own.pool else _looked_up(own.name, pool, judge)
         for own in further
         if own.name not in added
     }
     requests = _requests(experiment, sample)
     fewest, *more = _numbers_of_slots(experiment, pool)
-    table = _timed(experiment, _ways(experiment, pool, others, NGRAM in facts["further"], fewest, requests), requests)
+    untrained = [name for name in facts["further"] if name in WITHOUT_WEIGHTS]
+    table = _timed(experiment, _ways(experiment, pool, others, untrained, fewest, requests), requests)
     rows = {fewest: _with_mixed(table)}
     for name, own in facts["further"].items():
         own["calibration"] = table[name]
     for slots in more:
-        rows[slots] = _with_mixed(_timed(experiment, _ways(experiment, pool, {}, False, slots, requests), requests))
+        rows[slots] = _with_mixed(_timed(experiment, _ways(experiment, pool, {}, (), slots, requests), requests))
     return facts | {"calibration_by_slots": rows}
 
 
@@ -179,17 +190,15 @@ def _checked(experiment: Experiment, target: str, added: Sequence[str] = ()) -> 
 def _further(experiment: Experiment, added: Sequence[str], target: str) -> list[Place]:
     """The families asked for beside the pool's own, some of them added to it; a mistake is told before anything is written."""
     spec = experiment.calibrate
-    unknown = next((own for own in spec.further if "=" not in own and own not in (NGRAM, *added)), None)
+    known = (*added, *WITHOUT_WEIGHTS)
+    unknown = next((own for own in spec.further if "=" not in own and own not in known), None)
     if unknown:
         where = f"was added to {experiment.pool}" if experiment.pool else "was added to a pool (--pool says which)"
         raise UserError(
-            f"--calibrate.further {unknown!r} is no drafter that {where}; give {', '.join((*added, NGRAM))}, NAME=POOL, "
+            f"--calibrate.further {unknown!r} is no drafter that {where}; give {', '.join(known)}, NAME=POOL, "
             "NAME=POOL,DRAFT or NAME=DRAFTER"
         )
-    found = [
-        Place(own, "", "") if own == NGRAM or own in added else place("--calibrate.further", own)
-        for own in spec.further
-    ]
+    found = [Place(own, "", "") if own in known else place("--calibrate.further", own) for own in spec.further]
     if spec.further and min(spec.slots) > 1:
         raise UserError(
             f"--calibrate.slots {' '.join(map(str, spec.slots))} with --calibrate.further: families are chosen among one "
@@ -222,10 +231,19 @@ def _check_place(own: Place, target: str) -> None:
         )
 
 
-def _looked_up(judge: forced.Judge) -> dict:
-    """What the facts say of n-gram lookup, its rounds aside."""
-    accepted = {NGRAM: judge.looked_up(ngram_drafter(MAX_DRAFT))}
-    return {"pool": "", "draft": "", "digest": "", "acceptance_length": accepted}
+def _looked_up(name: str, pool: Pool, judge: forced.Judge) -> dict:
+    """What the facts say of a family without weights, its rounds aside."""
+    digest = digest_of_parameters(pool, name)
+    if name == TABLES:
+        table = (
+            f"the table in {pool.path / TRIGRAMS}"
+            if digest
+            else "an empty table; `python -m train.extras` counts one, to be measured with --pool"
+        )
+        print(f"calibrate: {name}: {table}")
+    params = serving.always(pool, name, 1).drafter_params(np.array([router.TRUNK]))
+    accepted = judge.looked_up(pooled.without_weights(name, MAX_DRAFT), params)
+    return {"pool": "", "draft": "", "digest": digest, "acceptance_length": {name: accepted}}
 
 
 def _of_pool(own: Place, pool: Pool, judge: forced.Judge) -> dict:
@@ -242,7 +260,9 @@ def _say(facts: dict) -> None:
     for family, measured in (("", facts), *facts["further"].items()):
         for k, row in calibration(measured).items():
             accuracy = f", draft accuracy {row['draft_accuracy']:.3f}" if k else ", nothing drafted"
-            print(f"calibrate: {family and f'{family}, '}K = {k}: {row['tokens_per_second']:.1f} tokens/s{accuracy}")
+            print(
+                f"calibrate: {family and f'{family}, '}{spoken(family, k)}: {row['tokens_per_second']:.1f} tokens/s{accuracy}"
+            )
     k, names, among = draft_length(facts, least=1), drafter_names(facts), options(facts)
     drafter, length = router.fastest(np.eye(len(facts["tasks"])), among.seconds)
     served = (f"the {names[-1]}" if trunk else "its own drafter" for trunk in served_by_trunk(facts))
@@ -250,8 +270,8 @@ def _say(facts: dict) -> None:
         of = lambda own, task=task: facts["acceptance_length"][own][task]
         rows = {**{who: of(who) for who in names[len(facts["tasks"]) :]}, "own": of(name)}
         accepted = ", ".join(f"{who} {row[k]:.2f}" for who, row in rows.items() if row)
-        most = among.lengths[length[task]]
-        alone = f"{among.names[drafter[task]]} at K = {most}" if most else "nobody, nothing drafted"
+        who, most = among.names[drafter[task]], among.lengths[length[task]]
+        alone = f"{who} at {spoken(who, most)}" if most else "nobody, nothing drafted"
         print(
             f"calibrate: {name} ({label}): tokens a round {accepted}; served by {by}, one prompt at a time by {alone}"
         )
@@ -261,7 +281,7 @@ def _ways(
     experiment: Experiment,
     pool: Pool,
     others: dict[str, Pool],
-    looks_up: bool,
+    untrained: Sequence[str],
     slots: int,
     requests: Sequence[Request],
 ) -> dict:
@@ -273,8 +293,9 @@ def _ways(
     ways = {("", k): (pooled.speculative(pool, k, rule, **shape), serving.given(pool, slots)) for k in spec.lengths}
     for k in drafting if slots > 1 else ():  # where it serves all rows, a round has no bank to read
         ways[UNITED, k] = ways["", k][0], serving.always(pool, UNITED, slots)
-    for k in drafting if looks_up else ():
-        ways[NGRAM, k] = pooled.looking_up(pool, k, rule, **shape), serving.always(pool, NGRAM, slots)
+    for name in untrained:
+        method = serving.always(pool, name, slots)
+        ways |= {(name, k): (pooled.alone(pool, name, k, rule, **shape), method) for k in lengths_of(name, drafting)}
     for name, other in others.items():
         method = serving.always(other, other.names[-1], slots)  # a round takes as long with any of its drafters
         ways |= {(name, k): (pooled.speculative(other, k, rule, **shape), method) for k in drafting}

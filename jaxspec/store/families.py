@@ -1,12 +1,17 @@
-"""Families of drafters that a pool chooses among, one prompt at a time: its own, n-gram lookup, other pools of its target.
+"""Families of drafters that a pool chooses among, one prompt at a time: its own, those without weights, other pools' drafters.
 
 A family has one shape and one state. Drafters that were added to the pool have its own; a drafter in a folder is a family of
-one. What its drafters would have had accepted on the pool's tasks, and what its rounds take
-on this device, is measured by `train.calibrate` and kept in the pool's facts under `further`.
+one, and so are n-gram lookup and trigram tables. What its drafters would have had accepted on the pool's tasks, and what its
+rounds take on this device, is measured by `train.calibrate` and kept in the pool's facts under `further`.
+
+Draft lengths count the nodes that the target verifies: a chain's tokens, or all of a tree's. Then a round of one length costs
+the target the same whoever drafts, and a table of expected seconds has one row for every drafter and one column a length.
+Tables draft trees, which are measured at the lengths of the chains and at as many nodes as they draft where nobody says how
+many; that column is infinite for whoever was not measured there.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +20,16 @@ import numpy as np
 
 from jaxspec import router
 from jaxspec.config import UserError
+from jaxspec.requests import MAX_DRAFT
 from jaxspec.store.facts import calibration, draft_length, expected_seconds, tokens_a_round
 from jaxspec.store.loading import load_beside, lone_drafter
-from jaxspec.store.names import NAME, drafter_names, measured_names
+from jaxspec.store.names import NAME, TRIGRAMS, drafter_names, measured_names
 from jaxspec.store.pool import Pool
-from jaxspec.store.stages import MANIFEST
+from jaxspec.store.stages import MANIFEST, digest_of_file
 
-NGRAM = "ngram"
+NGRAM, TABLES = "ngram", "adaptive"
+WITHOUT_WEIGHTS = (TABLES, NGRAM)
+"""Families of one drafter that nobody trains, which goes on from the text itself, and tables from what they know of others."""
 
 
 class Place(NamedTuple):
@@ -39,7 +47,8 @@ class Options(NamedTuple):
     """What may draft for a prompt.
 
     alone: whether every prompt may have a drafter and a length of its own.
-    lengths: draft lengths, ascending; names: of all that were measured, those of the pool's shape first.
+    lengths: draft lengths, ascending, those of tables too, which count nodes.
+    names: of all that were measured, those of the pool's shape first.
     seconds: `[D, T, K]` expected seconds a token by drafter, task and length, infinite where a family does not draft so many;
     rounds where the length was asked for.
     families: (name, lengths) of those that are the fastest on some task; the first, of no name, is the pool's own.
@@ -82,9 +91,9 @@ def options(facts: Mapping[str, Any], asked: int | None = None, slots: int = 1) 
             row["round_milliseconds"] / row["mixed_round_milliseconds"] if "mixed_round_milliseconds" in row else 1.0
         )
         return Options(False, (k,), names, rounds, (("", (k,)),), np.zeros(len(names), int), apart)
-    lengths = tuple(sorted(calibration(facts)))
     measured = {"": (facts, tuple(measured_names(facts)))}
     measured |= {name: (own, tuple(own["acceptance_length"])) for name, own in facts["further"].items()}
+    lengths = tuple(sorted({k for own, _ in measured.values() for k in calibration(own)}))
     seconds = np.concatenate([expected_seconds(own, drafters, lengths) for own, drafters in measured.values()])
     owner = np.repeat(np.arange(len(measured)), [len(drafters) for _, drafters in measured.values()])
     drafter, best = router.fastest(np.eye(len(facts["tasks"])), seconds)
@@ -126,6 +135,34 @@ def companion(pool: Pool, name: str) -> Pool:
     if found.digest != said["digest"]:
         raise UserError(f"{said['pool']} has changed since {pool.path} was calibrated with it; {again}")
     return found
+
+
+@lru_cache(maxsize=4)
+def parameters(pool: Pool, name: str) -> Any:
+    """Those of a family of `WITHOUT_WEIGHTS`: the pool's table; UserError if it is another than was calibrated with."""
+    if name != TABLES:
+        return ()
+    if digest_of_parameters(pool, name) != pool.facts["further"][name]["digest"]:
+        raise UserError(
+            f"{pool.path / TRIGRAMS} is not the table that the pool was calibrated with; run `python -m train.calibrate "
+            f"--pool {pool.path} --calibrate.further {name}` with another --out"
+        )
+    return pool.trigrams
+
+
+def digest_of_parameters(pool: Pool, name: str) -> str:
+    """Identity of what `parameters` gives; none of nothing, and of a table that was never counted."""
+    return digest_of_file(pool.path / TRIGRAMS) if name == TABLES else ""
+
+
+def lengths_of(name: str, asked: Iterable[int]) -> tuple[int, ...]:
+    """The draft lengths at which a further family is measured: those asked for, and of tables MAX_DRAFT nodes as well."""
+    return tuple(sorted({k for k in asked if k} | ({MAX_DRAFT} if name == TABLES else set())))
+
+
+def spoken(drafter: str, length: int) -> str:
+    """A draft length as people read it."""
+    return f"{length} nodes" if drafter == TABLES else f"K = {length}"
 
 
 def beside(path: str, pool: Pool, draft: str = "") -> Pool:
