@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from test_families import again, knowing
 
 from decode import bench, widened
 from decode.settings import Bench
@@ -23,7 +24,6 @@ from jaxspec.store.names import TRIGRAMS
 from jaxspec.store.recalibration import read_sample
 from jaxspec.store.stages import digest_of_file, write_arrays
 from jaxspec.text import generate, stream
-from tests.test_families import again, knowing
 from train import calibrate
 
 NODES = (1, 2, 5, MAX_DRAFT)
