@@ -161,6 +161,8 @@ class Calibrate:
     temperature: float = 0.0
     """Temperature of the jobs to come: above 0 drafts are timed under p/q rejection, and what drafters have accepted is an
     expectation along the texts."""
+    dtype: Literal["", "float32", "bfloat16"] = ""
+    """With --pool: the type of weights and activations that the pool will have from now on; empty is what it was made with."""
     further: tuple[str, ...] = ()
     """Further families of drafters to choose among, one prompt at a time: `ngram`; `adaptive`, trigram tables that begin as the
     pool's, whose trees have as many nodes as chains have tokens, and 16; pools of the same target, whose drafters may have any
@@ -209,8 +211,7 @@ class Experiment:
     distributed: bool = False
     """Join the job's other processes by jax.distributed and train over all their devices; for train.align alone."""
     pool: str = ""
-    """A finished pool to calibrate on this device, by what it keeps and in its own dtype, into OUT/pool; for train.calibrate
-    alone."""
+    """A finished pool to calibrate on this device, by what it keeps, into OUT/pool; for train.calibrate alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,10 @@ import pytest
 
 from decode import bench, generate
 from jaxspec.config import Experiment, UserError
-from jaxspec.store.facts import draft_length, find_pool
+from jaxspec.store.facts import calibration, draft_length, find_pool
 from jaxspec.store.loading import load_pool
 from jaxspec.store.recalibration import SAMPLE, read_sample
-from jaxspec.store.stages import copy_files, read_arrays
+from jaxspec.store.stages import copy_files, read_arrays, read_json
 from jaxspec.store.traces import read_traces
 from tests.test_rivals import change
 from train import __main__ as pipeline
@@ -63,6 +63,7 @@ def test_what_was_accepted_is_the_same_of_the_texts_that_are_kept(pool, carried,
     folder, target = carried
     spec = dataclasses.replace(experiment.calibrate, lengths=(1,))
     calibrate.run(Experiment(pool=str(folder), target=str(target), out=str(tmp_path), calibrate=spec))
+    assert "dtype" not in read_json(tmp_path / "pool" / "claim.json")["config"]["calibrate"]  # as in older folders
     was, facts = find_pool(pool)[1], find_pool(str(tmp_path / "pool"))[1]
     assert facts["acceptance_length"] == was["acceptance_length"]
     assert facts["calibrated"]["device"]["kind"] == jax.devices()[0].device_kind
@@ -88,6 +89,28 @@ def test_a_pool_that_is_calibrated_for_a_temperature_says_so_and_serves_others_t
             assert row is None or all(1 <= few <= more <= k + 1 for k, few, more in zip(range(1, 17), row, row[1:]))
     assert draft_length(facts) == 1
     assert load_pool(str(here)).names == load_pool(pool).names
+
+
+def test_a_pool_can_be_calibrated_for_another_dtype_which_jobs_then_have(pool, finished, tmp_path, monkeypatch):
+    seen = []
+
+    def measured(experiment, own, *rest):
+        seen.append({str(leaf.dtype) for leaf in jax.tree.leaves(own.pair.target.params)})
+        return {"calibration_by_slots": {1: calibration(own.facts)}, "further": {}}
+
+    monkeypatch.setattr(calibrate, "_measured", measured)
+    spec = dataclasses.replace(finished.calibrate, dtype="bfloat16")
+    calibrate.run(dataclasses.replace(finished, pool=pool, out=str(tmp_path), calibrate=spec))
+    assert find_pool(pool)[1]["dtype"] == "float32" and find_pool(str(tmp_path / "pool"))[1]["dtype"] == "bfloat16"
+    assert seen == [{"bfloat16"}]
+
+
+@pytest.mark.parametrize("command", [calibrate.run, pipeline.run])
+def test_a_new_pools_dtype_is_said_elsewhere(finished, tmp_path, command):
+    spec = dataclasses.replace(finished.calibrate, dtype="bfloat16")
+    with pytest.raises(UserError, match=r"--calibrate\.dtype bfloat16 is for a finished pool"):
+        command(dataclasses.replace(finished, out=str(tmp_path), calibrate=spec))
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_job_on_another_device_says_once_how_to_calibrate_there(carried, here, world, tmp_path, capsys):

@@ -16,6 +16,7 @@ def run(experiment: Experiment) -> None:
         raise UserError("--distributed is for train.align alone; run the other stages on one host")
     if experiment.pool:
         raise UserError("--pool is for train.calibrate alone, which calibrates it; leave it out to train another")
+    calibrate.check_new(experiment)
     if experiment.mesh.model > 1:  # else what the trace has taken hours for could not be trained on
         align.check(experiment, sharding.abstract_mesh(experiment.mesh.data, experiment.mesh.model))
     for stage in (trace, partition, align, router, calibrate):

@@ -67,6 +67,7 @@ def run(experiment: Experiment) -> None:
     """Writes `out/pool`: what the stages in `out` made, or a finished pool, calibrated on this device."""
     if experiment.pool:
         return _again(experiment)
+    check_new(experiment)
     parents = {name: manifest(experiment.out, name)["digest"] for name in ("trace", "partition", "align", "router")}
     stage = _open(experiment, parents, dtype=experiment.dtype)
     if stage.complete:
@@ -90,15 +91,22 @@ def _again(experiment: Experiment) -> None:
         return print(f"calibrate: pool complete in {stage.folder}")
     further = _checked(experiment, experiment.target or facts["target"]["path"], added_to(folder))
     models = {"target": experiment.target, "draft": experiment.draft}
-    pool = load_pool(experiment.pool, **models, mesh=sharding.asked(experiment.mesh))
+    dtype = experiment.calibrate.dtype or facts["dtype"]
+    pool = load_pool(experiment.pool, **models, dtype=dtype, mesh=sharding.asked(experiment.mesh))
     copy_files(folder, stage.folder, (MANIFEST, CLAIM))
     found = {"target": pool.pair.target.path, "draft": pool.pair.draft.path}
     places = {name: facts[name] | {"path": str(Path(path).resolve())} for name, path in found.items()}
-    _finish(stage, facts | places | _measured(experiment, pool, sample, further))
+    _finish(stage, facts | places | {"dtype": dtype} | _measured(experiment, pool, sample, further))
     kept = {own.name for own in further}
     if lost := [name for name in (*facts["further"], *filter(facts["added"].get, facts["added"])) if name not in kept]:
         said = f"{', '.join(lost)}, which {folder} chooses among, were not asked for and are not measured"
         print(f"calibrate: {said}; --calibrate.further names them, with another --out")
+
+
+def check_new(experiment: Experiment) -> None:
+    """Raises UserError for what only a finished pool can be asked for."""
+    if own := experiment.calibrate.dtype:
+        raise UserError(f"--calibrate.dtype {own} is for a finished pool (--pool); of a new one --dtype says it")
 
 
 def _open(experiment: Experiment, parents: dict[str, str], **known: Any) -> Stage:
@@ -151,8 +159,9 @@ def _finish(stage: Stage, facts: dict[str, Any]) -> None:
 
 
 def _claimed(spec: Calibrate) -> dict:
-    """The settings as a pool's folder claims them, one number of slots as before there could be several."""
-    return {**plain(spec), "slots": spec.slots[0] if len(spec.slots) == 1 else sorted(set(spec.slots))}
+    """The settings as a pool's folder claims them; one number of slots, and no dtype, as before there could be more."""
+    said = {**plain(spec), "slots": spec.slots[0] if len(spec.slots) == 1 else sorted(set(spec.slots))}
+    return said if spec.dtype else {name: own for name, own in said.items() if name != "dtype"}
 
 
 def _numbers_of_slots(experiment: Experiment, pool: Pool) -> list[int]:
