@@ -52,9 +52,10 @@ class Generate:
     num_speculative_tokens: int | None = None
     """Tokens drafted a round, 0 for none; None is what calibration chose for the batch."""
     drafter: str = ""
-    """Drafter of the lines that name none: a task or its label, `trunk` or `base`, or `adaptive`, trigram tables in place of a
-    model, for all lines or for none: of each prompt and its text, and of earlier ones, which OUT.trigrams.npz keeps. What
-    records say of drafts then depends on the prompts before, and no text does. Empty leaves it to the router."""
+    """Drafter of the lines that name none: a task or its label, `mixed`, `base`, `trunk` where there is one, or one that was
+    added; or `adaptive`, trigram tables in place of a model, for all lines or for none: of each prompt and its text, and of
+    earlier ones, which OUT.trigrams.npz keeps. What records say of drafts then depends on the prompts before, and no text
+    does. Empty leaves it to the router."""
     table: str = ""
     """With `adaptive`: a file that such a job has left, to begin with in place of the pool's table."""
     online: bool = False

@@ -218,7 +218,8 @@ class Judge:
 
     def looked_up(self, drafter: Drafter, params: Any = ()) -> list[list[float] | None]:
         """The same of a drafter without weights that drafts MAX_DRAFT nodes, of which fewer are the first ones."""
-        return [_by_length(lookups(drafter, self.texts, rows, params)) for rows in self.examples]
+        found = iter(lookups(drafter, self.texts, [i for rows in self.examples for i in rows], params))
+        return [_by_length([next(found) for _ in rows]) for rows in self.examples]
 
 
 @lru_cache(maxsize=8)

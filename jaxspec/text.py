@@ -160,7 +160,7 @@ def adaptive_engine_of(pool: Pool, num_nodes: int, rule: str, slots: int, room: 
 
 
 def nodes_of_tables(asked: int | None) -> int:
-    """Of a tree of trigram tables, as asked, or as many as the longest chain has tokens; nothing was calibrated for them."""
+    """Of a tree of trigram tables that was asked for: as many, or as the longest chain has tokens, whatever pays."""
     return MAX_DRAFT if asked is None else checked("num_speculative_tokens", asked)
 
 

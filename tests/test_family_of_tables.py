@@ -150,6 +150,16 @@ def test_rounds_of_tables_are_timed_again_where_the_target_is_another(calibrated
     assert rounds == {"adaptive": {1: 7.0, 2: 7.0, MAX_DRAFT: 7.0}, "ngram": {1: 7.0, 2: 7.0}}
 
 
+def test_a_table_that_was_counted_since_is_not_taken_for_the_one_that_was_measured(finished, taught, calibrated, tmp_path):
+    spec, out = ("adaptive", "ngram"), calibrated.path.parent
+    calibrate.run(again(finished, taught, spec, out))  # complete: skipped
+    shutil.copytree(taught, tmp_path / "pool")
+    table = trigrams.counted([[1, 2, 3, 4]], 1 << 10)
+    write_arrays(tmp_path / "pool" / TRIGRAMS, jax.tree.map(np.asarray, table)._asdict())
+    with pytest.raises(UserError, match=r"belongs to another experiment: files\.adaptive was .* choose another --out"):
+        calibrate.run(again(finished, tmp_path / "pool", spec, out))
+
+
 def test_tables_that_are_nowhere_the_fastest_are_not_read(calibrated, prompts, monkeypatch):
     pool = knowing(calibrated, {0: ("task 0", 2), 1: ("ngram", 1), 2: ("mixed", 1)})
     assert [name for name, _ in options(pool.facts).families] == ["", "ngram"]
@@ -164,7 +174,7 @@ def test_a_table_that_is_not_the_one_that_was_measured_is_refused(finished, cali
     chosen = lambda: dataclasses.replace(knowing(calibrated, BEST), path=folder)
     assert next(generate(chosen(), prompts, batch=1, max_new_tokens=2))
     (folder / TRIGRAMS).unlink()
-    again_at = rf"run `python -m train\.calibrate --pool {folder} --calibrate\.further adaptive` with another --out"
+    again_at = rf"run `python -m train\.calibrate --pool {folder} --calibrate\.further adaptive ngram` with another --out"
     with pytest.raises(UserError, match=rf"{TRIGRAMS} is not the table that the pool was calibrated with; {again_at}"):
         list(generate(chosen(), prompts, batch=1, max_new_tokens=2))
     assert next(generate(chosen(), prompts, drafter="adaptive", max_new_tokens=2)).drafter == "adaptive"

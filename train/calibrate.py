@@ -86,7 +86,8 @@ def _again(experiment: Experiment) -> None:
     """Copies a finished pool and calibrates it by the texts that it keeps; all else stays, but where its models are."""
     folder, facts, digest = find_pool(experiment.pool)
     sample = read_sample(folder)
-    stage = _open(experiment, {"pool": digest}, device=device_in_use())
+    files = _named(folder, experiment.calibrate.further)
+    stage = _open(experiment, {"pool": digest}, device=device_in_use(), files=files)
     if stage.complete:
         return print(f"calibrate: pool complete in {stage.folder}")
     further = _checked(experiment, experiment.target or facts["target"]["path"], added_to(folder))
@@ -101,6 +102,13 @@ def _again(experiment: Experiment) -> None:
     if lost := [name for name in (*facts["further"], *filter(facts["added"].get, facts["added"])) if name not in kept]:
         said = f"{', '.join(lost)}, which {folder} chooses among, were not asked for and are not measured"
         print(f"calibrate: {said}; --calibrate.further names them, with another --out")
+
+
+def _named(folder: Path, further: Sequence[str]) -> dict[str, str]:
+    """Identities of a pool's files that `further` names: they may come and change while its manifest stays."""
+    added = {name: digest_of_added(folder, name) for name in added_to(folder)}
+    every = added | {TABLES: digest_of_parameters(folder, TABLES)}
+    return {name: every[name] for name in further if name in every}
 
 
 def check_new(experiment: Experiment) -> None:
@@ -159,9 +167,8 @@ def _finish(stage: Stage, facts: dict[str, Any]) -> None:
 
 
 def _claimed(spec: Calibrate) -> dict:
-    """The settings as a pool's folder claims them; one number of slots, and no dtype, as before there could be more."""
-    said = {**plain(spec), "slots": spec.slots[0] if len(spec.slots) == 1 else sorted(set(spec.slots))}
-    return said if spec.dtype else {name: own for name, own in said.items() if name != "dtype"}
+    """The settings as a pool's folder claims them, one number of slots as before there could be several."""
+    return {**plain(spec), "slots": spec.slots[0] if len(spec.slots) == 1 else sorted(set(spec.slots))}
 
 
 def _numbers_of_slots(experiment: Experiment, pool: Pool) -> list[int]:
@@ -242,12 +249,12 @@ def _check_place(own: Place, target: str) -> None:
 
 def _looked_up(name: str, pool: Pool, judge: forced.Judge) -> dict:
     """What the facts say of a family without weights, its rounds aside."""
-    digest = digest_of_parameters(pool, name)
+    digest = digest_of_parameters(pool.path, name)
     if name == TABLES:
         table = (
             f"the table in {pool.path / TRIGRAMS}"
             if digest
-            else "an empty table; `python -m train.extras` counts one, to be measured with --pool"
+            else "an empty table; `python -m train.extras` counts one, to be measured with --pool and another --out"
         )
         print(f"calibrate: {name}: {table}")
     params = serving.always(pool, name, 1).drafter_params(np.array([router.TRUNK]))

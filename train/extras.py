@@ -20,6 +20,7 @@ from jaxspec import merging, sharding, trigrams
 from jaxspec.adapters import added, updates
 from jaxspec.config import Experiment, command_line
 from jaxspec.forced import Judge
+from jaxspec.store.families import another_table
 from jaxspec.store.loading import load_pool
 from jaxspec.store.names import EXTRAS, TRIGRAMS, extra_file
 from jaxspec.store.recalibration import sampled
@@ -57,6 +58,8 @@ def run(experiment: Experiment) -> None:
             f"extras: {name}: {max(scores.values()):.3f} tokens a round at K = {K}, coefficient {said[name]['coefficient']}"
         )
     write_json(pool.path / EXTRAS, said)
+    if again := another_table(pool):
+        print(f"extras: {again}")
 
 
 def _counted(file: Path, traces: Traces, partition: dict) -> dict[str, float]:

@@ -142,17 +142,26 @@ def parameters(pool: Pool, name: str) -> Any:
     """Those of a family of `WITHOUT_WEIGHTS`: the pool's table; UserError if it is another than was calibrated with."""
     if name != TABLES:
         return ()
-    if digest_of_parameters(pool, name) != pool.facts["further"][name]["digest"]:
-        raise UserError(
-            f"{pool.path / TRIGRAMS} is not the table that the pool was calibrated with; run `python -m train.calibrate "
-            f"--pool {pool.path} --calibrate.further {name}` with another --out"
-        )
+    if said := another_table(pool):
+        raise UserError(said)
     return pool.trigrams
 
 
-def digest_of_parameters(pool: Pool, name: str) -> str:
-    """Identity of what `parameters` gives; none of nothing, and of a table that was never counted."""
-    return digest_of_file(pool.path / TRIGRAMS) if name == TABLES else ""
+def another_table(pool: Pool) -> str:
+    """A sentence where the pool's table is not the one that it was calibrated with, else none."""
+    known = pool.facts["further"].get(TABLES)
+    if known is None or digest_of_parameters(pool.path, TABLES) == known["digest"]:
+        return ""
+    families = " ".join(_said_again(pool.facts))
+    return (
+        f"{pool.path / TRIGRAMS} is not the table that the pool was calibrated with; run `python -m train.calibrate --pool "
+        f"{pool.path} --calibrate.further {families}` with another --out"
+    )
+
+
+def digest_of_parameters(folder: Path, name: str) -> str:
+    """Identity of what `parameters` gives of a pool; none of nothing, and of a table that was never counted."""
+    return digest_of_file(folder / TRIGRAMS) if name == TABLES else ""
 
 
 def lengths_of(name: str, asked: Iterable[int]) -> tuple[int, ...]:
@@ -169,6 +178,13 @@ def beside(path: str, pool: Pool, draft: str = "") -> Pool:
     """Another pool of the pool's target, or a drafter of it in a folder; UserError as of `load_beside` and `lone_drafter`."""
     alone = not (draft or Path(path, MANIFEST).exists())
     return lone_drafter(path, pool) if alone else load_beside(path, pool, draft)
+
+
+def _said_again(facts: Mapping[str, Any]) -> list[str]:
+    """The words by which --calibrate.further asks for what the pool chooses among beside its own."""
+    of = lambda own: ",".join(filter(None, (own["pool"], own["draft"])))
+    families = (f"{name}={of(own)}" if own["pool"] else name for name, own in facts["further"].items())
+    return [*families, *(name for name, digest in facts["added"].items() if digest)]
 
 
 def _all_names(facts: Mapping[str, Any]) -> tuple[str, ...]:
