@@ -150,7 +150,9 @@ def test_rounds_of_tables_are_timed_again_where_the_target_is_another(calibrated
     assert rounds == {"adaptive": {1: 7.0, 2: 7.0, MAX_DRAFT: 7.0}, "ngram": {1: 7.0, 2: 7.0}}
 
 
-def test_a_table_that_was_counted_since_is_not_taken_for_the_one_that_was_measured(finished, taught, calibrated, tmp_path):
+def test_a_table_that_was_counted_since_is_not_taken_for_the_one_that_was_measured(
+    finished, taught, calibrated, tmp_path
+):
     spec, out = ("adaptive", "ngram"), calibrated.path.parent
     calibrate.run(again(finished, taught, spec, out))  # complete: skipped
     shutil.copytree(taught, tmp_path / "pool")
@@ -174,7 +176,9 @@ def test_a_table_that_is_not_the_one_that_was_measured_is_refused(finished, cali
     chosen = lambda: dataclasses.replace(knowing(calibrated, BEST), path=folder)
     assert next(generate(chosen(), prompts, batch=1, max_new_tokens=2))
     (folder / TRIGRAMS).unlink()
-    again_at = rf"run `python -m train\.calibrate --pool {folder} --calibrate\.further adaptive ngram` with another --out"
+    again_at = (
+        rf"run `python -m train\.calibrate --pool {folder} --calibrate\.further adaptive ngram` with another --out"
+    )
     with pytest.raises(UserError, match=rf"{TRIGRAMS} is not the table that the pool was calibrated with; {again_at}"):
         list(generate(chosen(), prompts, batch=1, max_new_tokens=2))
     assert next(generate(chosen(), prompts, drafter="adaptive", max_new_tokens=2)).drafter == "adaptive"
