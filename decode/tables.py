@@ -76,7 +76,7 @@ def check(
         raise UserError(f"--{flag} judges drafters that are models, `adaptive` is none; give one of them")
     for line, ask in zip(lines, asks, strict=True):
         if isinstance(ask, Ask) and ask.request.route != ADAPTIVE:
-            said = "other lines ask for `adaptive`, which drafts for all prompts of a job or for none"
+            said = "this line does not ask for `adaptive`, which drafts for all prompts of a job or for none"
             raise UserError(f"{line.source}: {said}; give --drafter adaptive and no drafter here, or two jobs")
 
 

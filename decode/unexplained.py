@@ -41,8 +41,8 @@ class Watch:
         _keep(self.file, self.strange)
         examples = ", ".join(line.id for line in self.strange[:3])
         return (
-            f"{number} of {self.prompts} prompts ({100 * number / self.prompts:.1f} %) resemble no task of this pool, for "
-            f"example {examples}; add {self.file} to its log and train again"
+            f"{number} of the {self.prompts} prompts of this run ({100 * number / self.prompts:.1f} %) resemble no task of this "
+            f"pool, for example {examples}; add {self.file} to its log and train again"
         )
 
 
