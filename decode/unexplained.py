@@ -41,7 +41,9 @@ class Watch:
         _keep(self.file, self.strange)
         examples = ", ".join(line.id for line in self.strange[:3])
         share = f"{number} of the {self.prompts} prompts of this run ({100 * number / self.prompts:.1f} %)"
-        return f"{share} resemble no task of this pool, for example {examples}; add {self.file} to its log and train again"
+        return (
+            f"{share} resemble no task of this pool, for example {examples}; add {self.file} to its log and train again"
+        )
 
 
 def _keep(file: Path, lines: Sequence[Line]) -> None:
