@@ -40,7 +40,7 @@ class Watch:
             return None
         _keep(self.file, self.strange)
         examples = ", ".join(line.id for line in self.strange[:3])
-        share = f"{number} of the {self.prompts} prompts of this run ({100 * number / self.prompts:.1f} %)"
+        share = f"{number} of {self.prompts} prompts of this run ({100 * number / self.prompts:.1f} %)"
         return (
             f"{share} resemble no task of this pool, for example {examples}; add {self.file} to its log and train again"
         )
