@@ -24,7 +24,7 @@ from jaxspec.requests import MAX_DRAFT, MAX_NODES
 from jaxspec.router import TRUNK
 from jaxspec.store import features
 from jaxspec.store.facts import draft_length
-from jaxspec.store.families import Options, options
+from jaxspec.store.families import NGRAM, Options, options
 from jaxspec.store.names import FEATURE, MERGED, METHODS, ONLINE, TRIGRAMS, extra_file
 from jaxspec.store.pool import Pool
 from jaxspec.store.stages import MANIFEST
@@ -191,7 +191,7 @@ def _families(setting: Setting) -> Engine:
 
 
 def _lookups(setting: Setting) -> Engine:
-    return pooled.looking_up(setting.pool, setting.length, setting.rule, **setting.shape)
+    return pooled.alone(setting.pool, NGRAM, setting.length, setting.rule, **setting.shape)
 
 
 def _hedges(setting: Setting) -> Engine:

@@ -102,11 +102,6 @@ def alone(pool: Pool, name: str, num_nodes: int, rule: str = "greedy", **shape: 
     return _engine(pool, without_weights(name, num_nodes), _rule_of(name, rule), **shape)
 
 
-def looking_up(pool: Pool, num_speculative_tokens: int, rule: str = "greedy", **shape: Any) -> Engine:
-    """Speculative decoding with what the text itself says, see `drafters.ngram`."""
-    return _engine(pool, ngram_drafter(num_speculative_tokens), rule, **shape)
-
-
 def adapting(
     pool: Pool, num_nodes: int, rule: str = "greedy", *, depth: int = LEVELS, beam: int = BEAM, **shape: Any
 ) -> Engine:

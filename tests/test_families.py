@@ -195,7 +195,7 @@ def test_each_prompt_is_drafted_by_its_family_and_all_texts_are_the_targets(cali
     assert [own.num_speculative_tokens for own in done] == [2, 1, 2] * 2
     for own in done[2::3]:  # the target drafts: nothing is lost
         assert own.counts.num_accepted_tokens == own.counts.num_draft_tokens > 0
-    alone = pooled.looking_up(pool, 1, **shape).complete(requests[1::3], serving.always(pool, "ngram", 1))
+    alone = pooled.alone(pool, "ngram", 1, **shape).complete(requests[1::3], serving.always(pool, "ngram", 1))
     counted = lambda completions: [own.counts.num_accepted_tokens for own in completions]
     assert counted(done[1::3]) == counted(alone)
 

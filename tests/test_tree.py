@@ -258,8 +258,8 @@ def small_trees(name: str) -> set[tuple]:
 
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_greedy_equals_plain_decoding_and_no_row_needs_more_rounds_than_with_the_chain(name):
+    before = program(name).programs.chunk._cache_size()  # other tests give it parameters of other shapes
     trees, chains = answer(program(name), params(name, NEAR)), answer(NEARLY, OWN)
-    compiled = program(name).programs.chunk._cache_size()  # other tests give it parameters of other shapes
     for own, ids in zip(trees, PROMPTS, strict=True):
         assert own.ids == plain_greedy(ids)
         assert own.counts.num_verified_nodes == NODES * own.counts.num_drafts
@@ -269,7 +269,7 @@ def test_greedy_equals_plain_decoding_and_no_row_needs_more_rounds_than_with_the
     limited = lambda limit: answer(program(name), params(name, NEAR), draft_limit=limit)
     assert drafted(limited(DEPTH)) == drafted(chains)  # what is left of a tree is the chain
     assert [own.ids for own in limited(0)] == [own.ids for own in trees]
-    assert program(name).programs.chunk._cache_size() == compiled
+    assert program(name).programs.chunk._cache_size() in (before, before + 1)
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
